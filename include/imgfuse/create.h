@@ -1,0 +1,33 @@
+// Making new images.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "imgfuse/error.h"
+
+namespace imgfuse {
+
+enum class Preallocation { off, metadata, falloc, full };
+
+struct CreateOptions {
+  std::string format = "qcow2";                  ///< "qcow2" or "raw"
+  std::optional<uint64_t> size;                  ///< bytes, rounded up to 512; default: the backing file's
+  std::optional<std::string> backing_file;       ///< stored as given; relative names mean the new image's directory
+  std::optional<std::string> backing_format;     ///< required with backing_file
+  std::vector<std::string> allowed_directories;  ///< as in OpenOptions, for reading the backing file's size
+  uint32_t version = 3;                          ///< qcow2: 2 ("0.10") or 3 ("1.1")
+  uint32_t cluster_size = 65536;
+  uint32_t refcount_bits = 16;
+  bool lazy_refcounts = false;
+  std::string compression_type = "zlib";  ///< "zlib" or "zstd"
+  Preallocation preallocation = Preallocation::off;
+};
+
+/// Creates the image file, durable with its directory entry when this returns. Every option is checked before the
+/// file is touched; an existing file is replaced only if nobody has it locked.
+Result<> create_image(const std::string& path, const CreateOptions& options);
+
+}  // namespace imgfuse

@@ -1,0 +1,112 @@
+// Disk: what a guest sees. Start reading here.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "imgfuse/error.h"
+#include "imgfuse/storage.h"
+#include "imgfuse/units.h"
+
+namespace imgfuse {
+
+/// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
+struct DiskInfo {
+  std::string name;           ///< the image's path, for messages
+  std::string format;         ///< "raw", "qcow2"
+  uint64_t size = 0;          ///< virtual size in bytes
+  uint32_t cluster_size = 0;  ///< unit of allocation in bytes, a power of two; raw: 4096
+  bool read_only = true;
+};
+
+/// What a stretch of the guest disk reads as, and where its bytes lie.
+enum class ExtentKind {
+  data,  ///< stored bytes
+  zero,  ///< reads as zeros because a layer says so
+  hole,  ///< no layer holds it: reads as zeros
+};
+
+struct Extent {
+  GuestRange range;
+  ExtentKind kind = ExtentKind::hole;
+  uint32_t depth = 0;  ///< the layer that decides: 0 is this disk, 1 its backing file, …
+  bool compressed = false;
+  bool allocated = false;  ///< that layer has host space for it (zero clusters may keep theirs)
+  bool has_host_offset = false;
+  HostOffset host;  ///< in that layer's file; only with has_host_offset
+};
+
+/// Whether zeroed clusters may give up their host space.
+enum class Zeroing { keep_allocation, may_free };
+
+/// One virtual disk, the top of its backing chain.
+///
+/// Threads: any thread may call anything at any time, overlapping requests included; all calls may block.
+/// Errors: a failed request changed nothing that was acknowledged before. After a failed metadata write or host flush
+/// the disk latches: writes and flushes return that first error until it is opened again; reads go on.
+///
+/// The public functions check the request (range, emptiness, read-only) and call the private virtual ones, which
+/// therefore never see an empty, overflowing or out-of-range request.
+class Disk {
+ public:
+  Disk() = default;
+  Disk(const Disk&) = delete;
+  Disk& operator=(const Disk&) = delete;
+  virtual ~Disk() = default;
+
+  /// A copy, since resize() changes the size.
+  DiskInfo info() const { return do_info(); }
+  uint64_t size() const { return do_size(); }
+
+  Result<> read(GuestOffset offset, Bytes out);
+  Result<> write(GuestOffset offset, ConstBytes data);
+  /// The range reads as zeros afterwards.
+  Result<> write_zeroes(GuestRange range, Zeroing zeroing);
+  /// The guest no longer needs the range: whole clusters in it read as zeros afterwards and are freed, the rest is
+  /// left alone.
+  Result<> discard(GuestRange range);
+  /// Makes the range local to this layer without changing what it reads as.
+  Result<> populate(GuestRange range);
+  /// Gives every cluster of the range host space (fallocate), without changing what it reads as.
+  Result<> allocate(GuestRange range) { return populate(range); }
+  /// Extents that cover the front of `range`, in order, without gaps; neighbours that could be one are merged.
+  /// Stops early after `max_extents`. Looks through the whole chain.
+  Result<std::vector<Extent>> map(GuestRange range, size_t max_extents = 1024);
+  /// From here on every write, zeroing and discard is durable, metadata included, when it returns.
+  void set_write_through() { write_through_ = true; }
+  /// Everything acknowledged before the call is durable when it returns. Concurrent calls share the work.
+  Result<> flush();
+  Result<> resize(uint64_t size);
+  /// Writes everything out, marks the image clean where its format has such a mark, and drops the locks. No other
+  /// call may follow. A writable disk must be closed before it is destroyed.
+  Result<> close();
+  /// Guest bytes that have host space in this layer (an estimate until count_allocated() has run).
+  uint64_t allocated() const { return do_allocated(); }
+  /// Makes allocated() exact. Reads all tables, in small steps beside other requests; stops early when `stop` is set.
+  Result<> count_allocated(const std::atomic<bool>& stop) { return do_count_allocated(stop); }
+
+ private:
+  virtual DiskInfo do_info() const = 0;
+  virtual uint64_t do_size() const = 0;
+  virtual Result<> do_read(GuestOffset offset, Bytes out) = 0;
+  virtual Result<> do_write(GuestOffset offset, ConstBytes data) = 0;
+  virtual Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) = 0;
+  virtual Result<> do_populate(GuestRange range) = 0;
+  virtual Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) = 0;
+  virtual Result<> do_flush() = 0;
+  virtual Result<> do_resize(uint64_t size) = 0;
+  virtual Result<> do_close() = 0;
+  virtual uint64_t do_allocated() const = 0;
+  virtual Result<> do_count_allocated(const std::atomic<bool>& stop) = 0;
+
+  Result<> check_range(GuestOffset offset, uint64_t length) const;
+  Result<> check_writable() const;
+  /// Ends a change: flushes it in write-through mode.
+  Result<> finish(Result<> change);
+
+  bool write_through_ = false;
+};
+
+}  // namespace imgfuse

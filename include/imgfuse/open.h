@@ -1,0 +1,42 @@
+// Opening an image and everything below it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "imgfuse/disk.h"
+#include "imgfuse/error.h"
+
+namespace imgfuse {
+
+/// How the image file is accessed, in QEMU's words.
+enum class CacheMode {
+  writeback,     ///< through the host's page cache; durable after a flush
+  none,          ///< O_DIRECT; durable after a flush
+  writethrough,  ///< through the host's page cache; every write is durable when it returns
+  directsync,    ///< O_DIRECT; every write is durable when it returns
+  unsafe,        ///< flushes are ignored: for data that may be lost
+};
+
+struct OpenOptions {
+  bool read_only = false;
+  bool force_share = false;                   ///< take no locks; only with read_only
+  std::optional<std::string> format;          ///< not probed if given
+  std::optional<std::string> backing_format;  ///< for backing files without a recorded format; never probed otherwise
+  CacheMode cache = CacheMode::writeback;
+  uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes of tables kept in memory, per image of the chain
+  /// Directories below which files named inside an image may lie, besides the naming image's own directory.
+  std::vector<std::string> allowed_directories;
+};
+
+/// Longest backing chain that is opened.
+inline constexpr unsigned kMaxChainDepth = 200;
+
+/// Opens the image and its backing chain (read-only, locked as readers). A dirty image is repaired first when it is
+/// opened for writing. Backing files open only where OpenOptions allow them; names with a protocol prefix never do.
+Result<std::unique_ptr<Disk>> open_disk(const std::string& path, const OpenOptions& options);
+
+}  // namespace imgfuse

@@ -1,0 +1,75 @@
+#include "imgfuse/disk.h"
+
+namespace imgfuse {
+
+Result<> Disk::check_range(GuestOffset offset, uint64_t length) const {
+  const uint64_t size = do_size();
+  if (offset.bytes() > size || length > size - offset.bytes())
+    return fail(ErrorCode::invalid, "range {:#x}+{:#x} lies past the end of the disk ({:#x})", offset.bytes(), length,
+                size);
+  return {};
+}
+
+Result<> Disk::check_writable() const {
+  if (DiskInfo disk = do_info(); disk.read_only) return fail(ErrorCode::read_only, "{} is open read-only", disk.name);
+  return {};
+}
+
+Result<> Disk::finish(Result<> change) {
+  if (change && write_through_) return do_flush();
+  return change;
+}
+
+Result<> Disk::read(GuestOffset offset, Bytes out) {
+  IMG_TRY(check_range(offset, out.size()));
+  if (out.empty()) return {};
+  return do_read(offset, out);
+}
+
+Result<> Disk::write(GuestOffset offset, ConstBytes data) {
+  IMG_TRY(check_range(offset, data.size()));
+  if (data.empty()) return {};
+  return finish(do_write(offset, data));
+}
+
+Result<> Disk::write_zeroes(GuestRange range, Zeroing zeroing) {
+  IMG_TRY(check_range(range.begin, range.length));
+  IMG_TRY(check_writable());
+  if (range.empty()) return {};
+  return finish(do_write_zeroes(range, zeroing));
+}
+
+Result<> Disk::discard(GuestRange range) {
+  IMG_TRY(check_range(range.begin, range.length));
+  IMG_TRY(check_writable());
+  const DiskInfo disk = do_info();
+  const uint64_t mask = disk.cluster_size - 1;
+  const uint64_t begin = (range.begin.bytes() + mask) & ~mask;
+  const uint64_t end = range.end().bytes() == disk.size ? disk.size : range.end().bytes() & ~mask;
+  if (begin >= end) return {};
+  return finish(do_write_zeroes({GuestOffset(begin), end - begin}, Zeroing::may_free));
+}
+
+Result<> Disk::populate(GuestRange range) {
+  IMG_TRY(check_range(range.begin, range.length));
+  IMG_TRY(check_writable());
+  if (range.empty()) return {};
+  return finish(do_populate(range));
+}
+
+Result<std::vector<Extent>> Disk::map(GuestRange range, size_t max_extents) {
+  IMG_TRY(check_range(range.begin, range.length));
+  if (range.empty()) return std::vector<Extent>{};
+  return do_map(range, max_extents);
+}
+
+Result<> Disk::flush() { return do_flush(); }
+
+Result<> Disk::resize(uint64_t size) {
+  IMG_TRY(check_writable());
+  return finish(do_resize(size));
+}
+
+Result<> Disk::close() { return do_close(); }
+
+}  // namespace imgfuse

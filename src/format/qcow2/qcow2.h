@@ -1,0 +1,43 @@
+// The qcow2 driver's doors: open, create, check, info. Nothing else of it is seen from outside.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "imgfuse/check.h"
+#include "imgfuse/create.h"
+#include "imgfuse/disk.h"
+#include "imgfuse/storage.h"
+
+namespace imgfuse::qcow2 {
+
+/// Opens a file that the image names as its backing file, read-only.
+using BackingOpener =
+    std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
+
+struct OpenParameters {
+  bool read_only = false;
+  uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes
+  BackingOpener open_backing;                    ///< called at most once, if a backing file is named
+};
+
+bool probe(ConstBytes first_bytes);
+
+/// Opens the image in `storage`. Opening for writing repairs a dirty image and clears unknown autoclear bits.
+Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters);
+
+/// Writes a new image into an empty storage. The backing file's size is `options.size` unless given.
+Result<> create(Storage& storage, const CreateOptions& options);
+
+/// Checks the options that only qcow2 knows about, before any file exists.
+Result<> check_create_options(const CreateOptions& options);
+
+/// Counts every reference (section 24) and compares. Repairs first if asked to; the storage must then be writable.
+Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink);
+
+/// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
+Result<ImageInfo> info(Storage& storage);
+
+}  // namespace imgfuse::qcow2
