@@ -10,7 +10,8 @@ namespace imgfuse {
 template <class Space>
 class Offset {
  public:
-  constexpr explicit Offset(uint64_t bytes = 0) : bytes_(bytes) {}
+  constexpr Offset() = default;
+  constexpr explicit Offset(uint64_t bytes) : bytes_(bytes) {}
   constexpr uint64_t bytes() const { return bytes_; }
   constexpr Offset operator+(uint64_t n) const { return Offset(bytes_ + n); }
   constexpr Offset operator-(uint64_t n) const { return Offset(bytes_ - n); }
@@ -18,7 +19,7 @@ class Offset {
   constexpr auto operator<=>(const Offset&) const = default;
 
  private:
-  uint64_t bytes_;
+  uint64_t bytes_ = 0;
 };
 
 using GuestOffset = Offset<struct GuestSpace>;  ///< what the guest sees

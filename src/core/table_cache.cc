@@ -1,0 +1,202 @@
+#include "core/table_cache.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+
+namespace imgfuse {
+namespace {
+
+constexpr size_t kMinTables = 16;  // enough for every request to pin what it needs at once
+
+}  // namespace
+
+TableCache::TableCache(Storage& storage, size_t table_bytes, uint64_t capacity_bytes)
+    : storage_(storage), table_bytes_(table_bytes), max_tables_(std::max(kMinTables, capacity_bytes / table_bytes)) {}
+
+TableCache::~TableCache() NO_THREAD_SAFETY_ANALYSIS {
+  idle_.clear();
+  for (List& list : dirty_) list.clear();
+  for (auto& [offset, table] : by_offset_) delete table;
+}
+
+ConstBytes TableCache::Pin::content() const { return std::as_const(*table_->content).bytes(); }
+
+Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
+  Lock lock(mutex_);
+  for (bool may_flush = room == Room::flush_for_it && make_room_;; may_flush = false) {
+    if (auto found = by_offset_.find(offset.bytes()); found != by_offset_.end()) {
+      Table& table = *found->second;
+      if (table.pins++ == 0 && !table.dirty && !table.frozen) idle_.erase(idle_.iterator_to(table));
+      while (table.loading) loaded_.wait(lock);
+      if (table.load_error) {
+        Error error = *table.load_error;
+        --table.pins;
+        release_if_unused(table);
+        return fail(std::move(error));
+      }
+      ++statistics_.hits;
+      return Pin(*this, table);
+    }
+    if (!has_room() && !idle_.empty()) evict_one();
+    if (has_room() || !may_flush || dirty_count_ == 0) return load(offset);
+    lock.unlock();
+    make_room_();
+    lock.lock();
+  }
+}
+
+Result<TableCache::Pin> TableCache::load(HostOffset offset) {
+  auto* table = new Table;
+  table->offset = offset;
+  table->pins = 1;
+  table->loading = true;
+  by_offset_.emplace(offset.bytes(), table);
+  ++count_;
+  ++statistics_.loads;
+
+  mutex_.unlock();
+  auto content = std::make_shared<Buffer>(table_bytes_);
+  Result<> read = storage_.read(offset, content->bytes());
+  mutex_.lock();
+
+  table->content = std::move(content);
+  table->loading = false;
+  loaded_.notify_all();
+  if (read) return Pin(*this, *table);
+  table->load_error = read.error();
+  if (table->attached) detach(*table);
+  --table->pins;
+  release_if_unused(*table);
+  return fail(std::move(read).error());
+}
+
+void TableCache::unpin(Table& table) {
+  Lock lock(mutex_);
+  --table.pins;
+  release_if_unused(table);
+}
+
+/// Decides what becomes of a table that may have lost its last user.
+void TableCache::release_if_unused(Table& table) {
+  if (table.pins > 0 || table.dirty || table.frozen) return;
+  if (!table.attached) return destroy(table);
+  idle_.push_back(table);
+  while (count_ > max_tables_ && !idle_.empty()) evict_one();
+}
+
+void TableCache::evict_one() {
+  Table& victim = idle_.front();
+  idle_.pop_front();
+  ++statistics_.evictions;
+  detach(victim);
+  destroy(victim);
+}
+
+void TableCache::detach(Table& table) {
+  by_offset_.erase(table.offset.bytes());
+  table.attached = false;
+}
+
+void TableCache::destroy(Table& table) {
+  --count_;
+  delete &table;
+}
+
+Bytes TableCache::edit(const Pin& pin, unsigned stage) {
+  Table& table = *pin.table_;
+  Lock lock(mutex_);
+  if (table.content_frozen) {
+    auto copy = std::make_shared<Buffer>(table_bytes_);
+    std::memcpy(copy->data(), table.content->data(), table_bytes_);
+    table.content = std::move(copy);
+    table.content_frozen = false;
+  }
+  if (!table.dirty && table.attached) {
+    table.dirty = true;
+    table.stage = stage;
+    dirty_[stage].push_back(table);
+    ++dirty_count_;
+  }
+  assert(!table.dirty || table.stage == stage);
+  return table.content->bytes();
+}
+
+void TableCache::drop(HostRange range) {
+  Lock lock(mutex_);
+  for (HostOffset offset = range.begin; offset < range.end(); offset = offset + table_bytes_) {
+    auto found = by_offset_.find(offset.bytes());
+    if (found == by_offset_.end()) continue;
+    Table& table = *found->second;
+    detach(table);
+    if (table.dirty) {
+      dirty_[table.stage].erase(List::s_iterator_to(table));
+      table.dirty = false;
+      --dirty_count_;
+      release_if_unused(table);
+    } else if (table.pins == 0 && !table.frozen) {
+      idle_.erase(List::s_iterator_to(table));
+      destroy(table);
+    }
+  }
+}
+
+TableCache::Batch TableCache::freeze(unsigned stage) {
+  Batch batch;
+  {
+    Lock lock(mutex_);
+    batch.reserve(dirty_[stage].size());
+    while (!dirty_[stage].empty()) {
+      Table& table = dirty_[stage].front();
+      dirty_[stage].pop_front();
+      --dirty_count_;
+      table.dirty = false;
+      table.frozen = table.content_frozen = true;
+      batch.push_back({&table, table.offset, table.content});
+    }
+  }
+  std::sort(batch.begin(), batch.end(), [](const Frozen& a, const Frozen& b) { return a.offset < b.offset; });
+  return batch;
+}
+
+Result<> TableCache::write(const Batch& batch) {
+  std::vector<ConstBytes> parts;
+  for (auto first = batch.begin(); first != batch.end();) {
+    parts.clear();
+    auto next = first;
+    for (; next != batch.end() && next->offset == first->offset + parts.size() * table_bytes_; ++next)
+      parts.push_back(next->content->bytes());
+    IMG_TRY(storage_.write(first->offset, parts));
+    first = next;
+  }
+  return {};
+}
+
+void TableCache::thaw(const Batch& batch, bool written) {
+  Lock lock(mutex_);
+  for (const Frozen& frozen : batch) {
+    Table& table = *frozen.table;
+    table.frozen = table.content_frozen = false;
+    if (!written && !table.dirty && table.attached) {
+      table.dirty = true;
+      dirty_[table.stage].push_back(table);
+      ++dirty_count_;
+    }
+    release_if_unused(table);
+  }
+}
+
+bool TableCache::wants_flush() const {
+  Lock lock(mutex_);
+  return dirty_count_ > max_tables_ / 2;
+}
+
+TableCache::Statistics TableCache::statistics() const {
+  Lock lock(mutex_);
+  Statistics now = statistics_;
+  now.tables = count_;
+  now.dirty = dirty_count_;
+  return now;
+}
+
+}  // namespace imgfuse

@@ -1,0 +1,203 @@
+#include "format/qcow2/allocator.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "format/qcow2/l2_entry.h"
+
+namespace imgfuse::qcow2 {
+namespace {
+
+constexpr size_t kMaxQuarantine = 65536;  // runs; past this a request asks for a flush cycle
+
+}  // namespace
+
+Reservation& Reservation::operator=(Reservation&& other) noexcept {
+  std::swap(allocator_, other.allocator_);
+  std::swap(slice_, other.slice_);
+  std::swap(host_, other.host_);
+  std::swap(clusters_, other.clusters_);
+  std::swap(fresh_, other.fresh_);
+  return *this;
+}
+
+Reservation::~Reservation() {
+  if (allocator_) allocator_->cancel(*this);
+}
+
+void Allocator::start(uint64_t file_size) {
+  ExclusiveLock lock(image_.mutex);
+  fresh_from_ = image_.storage.info().extensible ? image_.geometry.clusters_for(file_size) : ~uint64_t{0};
+}
+
+Result<Reservation> Allocator::reserve(uint64_t wanted) {
+  Lock searching(search_);
+  uint64_t from = 0;
+  {
+    SharedLock lock(image_.mutex);
+    from = lowest_free_;
+  }
+  return search(from, wanted);
+}
+
+/// Goes through the counts slice by slice, and makes the block for the first region that has none.
+Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
+  for (uint64_t at = from;;) {
+    IMG_TRY(check_end(at + 1));
+    IMG_LET(Refcounts::Slice slice, refcounts_.slice_of(at));
+    if (!slice.pin) {
+      IMG_TRY(make_block(at));
+      continue;
+    }
+    IMG_LET(Reservation found, try_slice(slice, at, wanted));
+    if (found.clusters() > 0) {
+      found.slice_ = std::move(slice);  // its pin: giving the clusters back must not need I/O
+      IMG_TRY(check_end(image_.geometry.cluster_of(found.host()) + found.clusters()));
+      return found;
+    }
+    at = slice.first + slice.count;
+  }
+}
+
+Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted) {
+  ExclusiveLock lock(image_.mutex);
+  const uint64_t slice_end = slice.first + slice.count;
+  uint64_t first = std::max(from, slice.first);
+  while (first < slice_end && refcounts_.get(slice, first) != 0) ++first;
+  if (from <= lowest_free_) lowest_free_ = std::max(lowest_free_, first);
+  uint64_t end = first;
+  while (end < slice_end && end - first < wanted && refcounts_.get(slice, end) == 0) ++end;
+
+  Reservation found;
+  if (first == end) return found;
+  if (image_.known.overlaps(first, end - first))
+    return fail(
+        ErrorCode::corrupt,
+        "clusters {:#x} to {:#x} hold metadata but have no reference count; repair the image with imgfuse check "
+        "--repair all",
+        first, end);
+  for (uint64_t cluster = first; cluster < end; ++cluster) refcounts_.set(slice, cluster, 1);
+  if (first == lowest_free_) lowest_free_ = end;
+  found.allocator_ = this;
+  found.host_ = image_.geometry.host_of(first);
+  found.clusters_ = end - first;
+  found.fresh_ = first >= fresh_from_;
+  fresh_from_ = std::max(fresh_from_, end);
+  return found;
+}
+
+Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
+  Lock searching(search_);
+  IMG_LET(const uint64_t file_size, image_.storage.size());
+  std::vector<Reservation> run;
+  uint64_t have = 0;
+  for (uint64_t at = std::max<uint64_t>(1, image_.geometry.clusters_for(file_size)); have < count;) {
+    IMG_LET(Reservation next, search(at, count - have));
+    const uint64_t first = image_.geometry.cluster_of(next.host());
+    if (have > 0 && first != at) {  // something lies in between: start behind it
+      run.clear();
+      have = 0;
+    }
+    have += next.clusters();
+    at = first + next.clusters();
+    run.push_back(std::move(next));
+  }
+  return run;
+}
+
+Result<> Allocator::make_block(uint64_t cluster) {
+  Result<uint64_t> end = refcounts_.create_block(cluster);
+  if (!end) {
+    if (end.error().code() == ErrorCode::io) latch_.set(end.error());
+    return fail(std::move(end).error());
+  }
+  std::vector<HostRange> replaced = refcounts_.take_replaced_tables();
+  ExclusiveLock lock(image_.mutex);
+  fresh_from_ = std::max(fresh_from_, *end);
+  for (HostRange table : replaced) quarantine(table.begin, image_.geometry.clusters_for(table.length), HostSpace::keep);
+  return {};
+}
+
+Result<> Allocator::check_end(uint64_t end_cluster) {
+  if (end_cluster > kMaxHostOffset >> image_.geometry.cluster_bits)
+    return fail(ErrorCode::no_space, "the image has reached the largest file size of the format");
+  if (!image_.storage.info().extensible) {
+    IMG_LET(const uint64_t size, image_.storage.size());
+    if (end_cluster > size >> image_.geometry.cluster_bits)
+      return fail(ErrorCode::no_space, "the device is full: {} bytes", size);
+  }
+  return {};
+}
+
+/// The clusters were never reachable, so they are free at once.
+void Allocator::cancel(Reservation& reservation) {
+  ExclusiveLock lock(image_.mutex);
+  const uint64_t first = image_.geometry.cluster_of(reservation.host_);
+  for (uint64_t i = 0; i < reservation.clusters_; ++i) refcounts_.set(reservation.slice_, first + i, 0);
+  lowest_free_ = std::min(lowest_free_, first);
+}
+
+void Allocator::quarantine(HostOffset host, uint64_t clusters, HostSpace space) NO_THREAD_SAFETY_ANALYSIS {
+  const uint64_t first = image_.geometry.cluster_of(host);
+  if (!quarantine_.empty()) {
+    FreedClusters& last = quarantine_.back();
+    if (last.first + last.count == first && last.space == space) {
+      last.count += clusters;
+      return;
+    }
+  }
+  quarantine_.push_back({first, clusters, space});
+}
+
+Allocator::Freed Allocator::take_quarantine() NO_THREAD_SAFETY_ANALYSIS { return std::exchange(quarantine_, {}); }
+
+void Allocator::keep(Freed freed) {
+  ExclusiveLock lock(image_.mutex);
+  quarantine_.insert(quarantine_.end(), freed.begin(), freed.end());
+}
+
+bool Allocator::wants_flush() const {
+  SharedLock lock(image_.mutex);
+  return quarantine_.size() > kMaxQuarantine;
+}
+
+bool Allocator::has_quarantine() const {
+  SharedLock lock(image_.mutex);
+  return !quarantine_.empty();
+}
+
+Result<> Allocator::release(Freed freed) {
+  for (const FreedClusters& run : freed) {
+    const uint64_t end = run.first + run.count;
+    for (uint64_t first = run.first; first < end;) {
+      // Room::exceed: this runs inside a flush cycle, which cannot wait for another.
+      IMG_LET(const Refcounts::Slice slice, refcounts_.slice_of(first, TableCache::Room::exceed));
+      const uint64_t slice_end = std::min(end, slice.first + slice.count);
+      if (!slice.pin) return fail(ErrorCode::corrupt, "cluster {:#x} is in use but has no reference count", first);
+
+      // Runs of clusters that lose their last reference. Only this thread lowers counts of reachable clusters, so a
+      // count of one stays one until it is lowered below.
+      uint64_t run_end = first;
+      bool last_reference = false;
+      {
+        SharedLock lock(image_.mutex);
+        last_reference = refcounts_.get(slice, first) == 1;
+        while (run_end < slice_end && (refcounts_.get(slice, run_end) == 1) == last_reference) ++run_end;
+      }
+      if (last_reference && run.space == HostSpace::punch)
+        (void)image_.storage.discard(
+            {image_.geometry.host_of(first), (run_end - first) << image_.geometry.cluster_bits});
+
+      ExclusiveLock lock(image_.mutex);
+      for (uint64_t cluster = first; cluster < run_end; ++cluster) {
+        const uint64_t count = refcounts_.get(slice, cluster);
+        if (count > 0) refcounts_.set(slice, cluster, count - 1);
+      }
+      if (last_reference) lowest_free_ = std::min(lowest_free_, first);
+      first = run_end;
+    }
+  }
+  return {};
+}
+
+}  // namespace imgfuse::qcow2

@@ -1,0 +1,232 @@
+#include "format/qcow2/refcounts.h"
+
+#include <cstring>
+
+#include "base/buffer.h"
+#include "base/endian.h"
+#include "format/qcow2/l2_entry.h"
+
+namespace imgfuse::qcow2 {
+namespace {
+
+constexpr uint64_t kMaxTableBytes = 8 << 20;
+// Small clusters need a block for every few KiB of file: make as many at once as cover this, for one host flush.
+constexpr uint64_t kBlocksAheadBytes = 4 << 20;
+
+template <class T>
+uint64_t get_wide(const std::byte* at) {
+  be<T> value;
+  std::memcpy(&value, at, sizeof value);
+  return T{value};
+}
+
+template <class T>
+void set_wide(std::byte* at, uint64_t value) {
+  const be<T> stored(static_cast<T>(value));
+  std::memcpy(at, &stored, sizeof stored);
+}
+
+std::vector<be<uint64_t>> to_disk(const std::vector<uint64_t>& entries) { return {entries.begin(), entries.end()}; }
+
+template <class T>
+ConstBytes bytes_of(const std::vector<T>& entries) {
+  return std::as_bytes(std::span(entries));
+}
+
+}  // namespace
+
+uint64_t get_refcount(ConstBytes block, uint64_t index, uint32_t bits) {
+  switch (bits) {
+    case 64:
+      return get_wide<uint64_t>(&block[index * 8]);
+    case 32:
+      return get_wide<uint32_t>(&block[index * 4]);
+    case 16:
+      return get_wide<uint16_t>(&block[index * 2]);
+    case 8:
+      return get_wide<uint8_t>(&block[index]);
+    default: {
+      const uint64_t per_byte = 8 / bits;
+      const unsigned shift = static_cast<unsigned>(bits * (index % per_byte));
+      return std::to_integer<uint64_t>(block[index / per_byte]) >> shift & ((1u << bits) - 1);
+    }
+  }
+}
+
+void set_refcount(Bytes block, uint64_t index, uint32_t bits, uint64_t value) {
+  switch (bits) {
+    case 64:
+      return set_wide<uint64_t>(&block[index * 8], value);
+    case 32:
+      return set_wide<uint32_t>(&block[index * 4], value);
+    case 16:
+      return set_wide<uint16_t>(&block[index * 2], value);
+    case 8:
+      return set_wide<uint8_t>(&block[index], value);
+    default: {
+      const uint64_t per_byte = 8 / bits;
+      const unsigned shift = static_cast<unsigned>(bits * (index % per_byte));
+      std::byte& byte = block[index / per_byte];
+      const auto mask = static_cast<std::byte>(((1u << bits) - 1) << shift);
+      byte = (byte & ~mask) | (static_cast<std::byte>(value << shift) & mask);
+    }
+  }
+}
+
+Result<> Refcounts::load(const Header& header) {
+  table_offset_ = header.refcount_table_offset;
+  table_clusters_ = header.refcount_table_clusters;
+  std::vector<be<uint64_t>> stored(table_clusters_ * image_.geometry.cluster_size / 8);
+  IMG_TRY(image_.storage.read(table_offset_, std::as_writable_bytes(std::span(stored))));
+  ExclusiveLock lock(image_.mutex);
+  table_.assign(stored.begin(), stored.end());
+  std::vector<uint64_t> known;
+  for (uint64_t entry : table_)
+    if (HostOffset block(entry & kRefcountTableMask); block.bytes() != 0)
+      known.push_back(image_.geometry.cluster_of(block));
+  const bool table_overlaps = !image_.known.add(image_.geometry.cluster_of(table_offset_), table_clusters_);
+  if (uint64_t twice = image_.known.add_all(std::move(known)); twice != 0 || table_overlaps)
+    return fail(ErrorCode::corrupt,
+                "the refcount table at {:#x} overlaps other metadata or names the block at {:#x} twice; repair it with "
+                "imgfuse check --repair all",
+                table_offset_.bytes(), twice * image_.geometry.cluster_size);
+  return {};
+}
+
+HostOffset Refcounts::block_at(uint64_t index) const {
+  return HostOffset(index < table_.size() ? table_[index] & kRefcountTableMask : 0);
+}
+
+Result<Refcounts::Slice> Refcounts::slice_of(uint64_t cluster, TableCache::Room room) {
+  const Geometry& g = image_.geometry;
+  const uint64_t index = cluster / g.refcounts_per_block;
+  const uint64_t per_slice = g.slice_bytes * 8 / g.refcount_bits;
+  Slice slice{{}, round_down(cluster, per_slice), per_slice};
+  HostOffset block;
+  {
+    SharedLock lock(image_.mutex);
+    block = block_at(index);
+  }
+  if (block.bytes() == 0) return slice;
+  if (block.bytes() % g.cluster_size != 0 || block.bytes() >= kMaxHostOffset)
+    return fail(ErrorCode::corrupt, "refcount table entry {} points at {:#x}, which is not a cluster of {} bytes",
+                index, block.bytes(), g.cluster_size);
+  const uint64_t within = cluster % g.refcounts_per_block / per_slice * g.slice_bytes;
+  IMG_LET(slice.pin, image_.tables.pin(block + within, room));
+  return slice;
+}
+
+uint64_t Refcounts::get(const Slice& slice, uint64_t cluster) const {
+  if (!slice.pin) return 0;
+  return get_refcount(slice.pin.content(), cluster - slice.first, image_.geometry.refcount_bits);
+}
+
+void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) {
+  set_refcount(image_.tables.edit(slice.pin, kCountStage), cluster - slice.first, image_.geometry.refcount_bits, value);
+}
+
+Result<uint64_t> Refcounts::create_block(uint64_t cluster) {
+  const Geometry& g = image_.geometry;
+  const uint64_t index = cluster / g.refcounts_per_block;
+  const uint64_t wanted = std::clamp<uint64_t>(kBlocksAheadBytes / (g.refcounts_per_block * g.cluster_size), 1,
+                                               std::max<uint64_t>(1, g.refcounts_per_block / 2));
+  uint64_t count = 0;
+  {
+    SharedLock lock(image_.mutex);
+    while (count < wanted && index + count < table_.size() && block_at(index + count).bytes() == 0) ++count;
+  }
+  return count == 0 ? grow_table(index) : create_blocks_in_table(index, count);
+}
+
+/// Writes the blocks for the regions [index, index + count) into the first clusters of region `index`, where the first
+/// `used_clusters` clusters count as used: the blocks describe themselves. Durable when it returns (I6).
+Result<> Refcounts::write_blocks(uint64_t index, uint64_t count, uint64_t used_clusters) {
+  const Geometry& g = image_.geometry;
+  const uint64_t first = index * g.refcounts_per_block;
+  if ((first + used_clusters) > (kMaxHostOffset >> g.cluster_bits))
+    return fail(ErrorCode::no_space, "the image has reached the largest file size of the format");
+  Buffer blocks = Buffer::zeroed(count * g.cluster_size);
+  for (uint64_t i = 0; i < used_clusters; ++i)
+    set_refcount(blocks.bytes().subspan(i / g.refcounts_per_block * g.cluster_size, g.cluster_size),
+                 i % g.refcounts_per_block, g.refcount_bits, 1);
+  image_.tables.drop({g.host_of(first), count * g.cluster_size});
+  return image_.storage.write(g.host_of(first), blocks.bytes());
+}
+
+Result<uint64_t> Refcounts::create_blocks_in_table(uint64_t index, uint64_t count) {
+  const Geometry& g = image_.geometry;
+  const uint64_t first = index * g.refcounts_per_block;
+  {
+    SharedLock lock(image_.mutex);
+    if (image_.known.overlaps(first, count))
+      return fail(ErrorCode::corrupt, "cluster {:#x} holds metadata but has no reference count",
+                  first * g.cluster_size);
+  }
+  IMG_TRY(write_blocks(index, count, count));
+  IMG_TRY(image_.storage.flush());
+
+  std::vector<be<uint64_t>> entries;
+  for (uint64_t i = 0; i < count; ++i) entries.emplace_back(g.host_of(first + i).bytes());
+  // Durable with the barrier of stage 0, before any pointer that relies on these counts.
+  IMG_TRY(image_.storage.write(table_offset_ + index * 8, bytes_of(entries)));
+
+  ExclusiveLock lock(image_.mutex);
+  for (uint64_t i = 0; i < count; ++i) table_[index + i] = entries[i];
+  image_.known.add(first, count);
+  return first + count;
+}
+
+/// Lays out, from the first cluster of region `index` on: the blocks for the regions that this takes, then the longer
+/// table. The header switches to it when everything else is durable.
+Result<uint64_t> Refcounts::grow_table(uint64_t index) {
+  const Geometry& g = image_.geometry;
+  const uint64_t first = index * g.refcounts_per_block;
+  uint64_t blocks = 1;
+  uint64_t clusters = 0;
+  for (uint64_t needed = 1;; blocks = needed) {
+    clusters = g.clusters_for((index + blocks) * 8 * 3 / 2);
+    needed = divide_up(blocks + clusters, g.refcounts_per_block);
+    if (needed <= blocks) break;
+  }
+  if (clusters * g.cluster_size > kMaxTableBytes) clusters = kMaxTableBytes / g.cluster_size;
+  if (clusters * g.cluster_size / 8 < index + blocks)
+    return fail(ErrorCode::no_space, "the refcount table would grow past {} bytes", kMaxTableBytes);
+
+  std::vector<uint64_t> table;
+  {
+    SharedLock lock(image_.mutex);
+    if (image_.known.overlaps(first, blocks + clusters))
+      return fail(ErrorCode::corrupt, "cluster {:#x} holds metadata but has no reference count",
+                  first * g.cluster_size);
+    table = table_;
+  }
+  table.resize(clusters * g.cluster_size / 8);
+  for (uint64_t i = 0; i < blocks; ++i) table[index + i] = g.host_of(first + i).bytes();
+  const HostOffset offset = g.host_of(first + blocks);
+
+  IMG_TRY(write_blocks(index, blocks, blocks + clusters));
+  IMG_TRY(image_.storage.write(offset, bytes_of(to_disk(table))));
+  IMG_TRY(image_.storage.flush());
+  struct {
+    be<uint64_t> offset;
+    be<uint32_t> clusters;
+  } field{offset.bytes(), static_cast<uint32_t>(clusters)};
+  IMG_TRY(image_.storage.write(kRefcountTableField, std::as_bytes(std::span(&field, 1))));
+  IMG_TRY(image_.storage.flush());
+
+  ExclusiveLock lock(image_.mutex);
+  replaced_.push_back({table_offset_, table_clusters_ * g.cluster_size});
+  image_.known.remove(g.cluster_of(table_offset_), table_clusters_);
+  image_.known.add(first, blocks + clusters);
+  table_ = std::move(table);
+  table_offset_ = offset;
+  table_clusters_ = clusters;
+  return first + blocks + clusters;
+}
+
+std::vector<HostRange> Refcounts::take_replaced_tables() {
+  ExclusiveLock lock(image_.mutex);
+  return std::exchange(replaced_, {});
+}
+
+}  // namespace imgfuse::qcow2

@@ -1,0 +1,147 @@
+// Tables of an image in memory: found by their place in the file, shared by concurrent requests, written back in
+// batches.
+#pragma once
+
+#include <boost/intrusive/list.hpp>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/mutex.h"
+#include "imgfuse/error.h"
+#include "imgfuse/storage.h"
+
+namespace imgfuse {
+
+/// Caches tables (or equal slices of larger tables) of one size, each under its host offset.
+///
+///        pin() misses            last unpin, not dirty          victim
+///   ── ► loading ── read ── ► in use ◄────────────► idle (LRU list) ── ► gone
+///                               │ edit()              ▲
+///                               ▼                     │ thaw(), unless edited meanwhile
+///                             dirty ── freeze() ── ► frozen: its content is being written
+///
+/// Two threads that miss the same table load it once. Eviction never writes: only idle tables are victims. The bound
+/// may be exceeded while everything is pinned or dirty, and the cache shrinks back afterwards.
+///
+/// Two locks protect a table. The *content* belongs to the owner's metadata lock: read it with that lock shared, edit()
+/// and freeze() with it exclusive. Everything else belongs to the cache's own mutex (rank 5), which is never held
+/// during I/O. pin() may block and must be called without the metadata lock.
+class TableCache {
+  struct Table;
+
+ public:
+  /// Where a dirty table is written in a flush cycle: 0 before the first barrier, 1 behind it.
+  static constexpr unsigned kStages = 2;
+  /// What pin() does when there is neither room nor a victim.
+  enum class Room { flush_for_it, exceed };
+
+  TableCache(Storage& storage, size_t table_bytes, uint64_t capacity_bytes);
+  ~TableCache();
+  TableCache(const TableCache&) = delete;
+  TableCache& operator=(const TableCache&) = delete;
+
+  /// Called without any lock of the cache when only dirty tables are left: runs a flush cycle.
+  void set_make_room(std::function<void()> make_room) { make_room_ = std::move(make_room); }
+
+  /// Keeps one table in memory while it lives.
+  class [[nodiscard]] Pin {
+   public:
+    Pin() = default;
+    Pin(Pin&& other) noexcept : cache_(other.cache_), table_(std::exchange(other.table_, nullptr)) {}
+    Pin& operator=(Pin&& other) noexcept {
+      std::swap(cache_, other.cache_);
+      std::swap(table_, other.table_);
+      return *this;
+    }
+    ~Pin() {
+      if (table_) cache_->unpin(*table_);
+    }
+    explicit operator bool() const { return table_ != nullptr; }
+    /// With the metadata lock held, at least shared; valid until it is released.
+    ConstBytes content() const;
+
+   private:
+    friend class TableCache;
+    Pin(TableCache& cache, Table& table) : cache_(&cache), table_(&table) {}
+    TableCache* cache_ = nullptr;
+    Table* table_ = nullptr;
+  };
+
+  Result<Pin> pin(HostOffset offset, Room room = Room::flush_for_it) EXCLUDES(mutex_);
+
+  /// The content to change, now dirty for `stage`. A table is always dirty for the same stage. With the metadata lock
+  /// held exclusively, from here to the last change.
+  Bytes edit(const Pin& pin, unsigned stage) EXCLUDES(mutex_);
+
+  /// Forgets tables that begin in the range, dirty or not, without writing them: what lies there is no table any more,
+  /// or its content was written by other means. Pins on them stay valid but belong to nobody.
+  void drop(HostRange range) EXCLUDES(mutex_);
+
+  /// Dirty tables as they were at a cut, in host order.
+  struct Frozen {
+    Table* table;
+    HostOffset offset;
+    std::shared_ptr<const Buffer> content;
+  };
+  using Batch = std::vector<Frozen>;
+  /// Takes all dirty tables of a stage. With the metadata lock held exclusively.
+  Batch freeze(unsigned stage) EXCLUDES(mutex_);
+  /// Writes the batch, neighbours together. No lock needed.
+  Result<> write(const Batch& batch);
+  /// Ends a freeze. What was not written is dirty again.
+  void thaw(const Batch& batch, bool written) EXCLUDES(mutex_);
+
+  size_t table_bytes() const { return table_bytes_; }
+  /// More than half of the cache is dirty: time for a cycle.
+  bool wants_flush() const EXCLUDES(mutex_);
+
+  struct Statistics {
+    uint64_t hits = 0, loads = 0, evictions = 0;
+    size_t tables = 0, dirty = 0;
+  };
+  Statistics statistics() const EXCLUDES(mutex_);
+
+ private:
+  struct Table : boost::intrusive::list_base_hook<> {
+    HostOffset offset;
+    std::shared_ptr<Buffer> content;  // owner's metadata lock
+    unsigned pins = 0;
+    unsigned stage = 0;  // where it is written when dirty
+    bool loading = false;
+    bool attached = true;         // found by its offset
+    bool dirty = false;           // in dirty_[stage]
+    bool frozen = false;          // a batch refers to it
+    bool content_frozen = false;  // …and shares its content
+    std::optional<Error> load_error;
+  };
+  using List = boost::intrusive::list<Table>;
+
+  void unpin(Table& table) EXCLUDES(mutex_);
+  Result<Pin> load(HostOffset offset) REQUIRES(mutex_);
+  bool has_room() const REQUIRES(mutex_) { return count_ < max_tables_; }
+  void detach(Table& table) REQUIRES(mutex_);
+  void release_if_unused(Table& table) REQUIRES(mutex_);
+  void evict_one() REQUIRES(mutex_);
+  void destroy(Table& table) REQUIRES(mutex_);
+
+  Storage& storage_;
+  const size_t table_bytes_;
+  const size_t max_tables_;
+  std::function<void()> make_room_;
+
+  mutable Mutex mutex_;
+  ConditionVariable loaded_;
+  std::unordered_map<uint64_t, Table*> by_offset_ GUARDED_BY(mutex_);
+  List idle_ GUARDED_BY(mutex_);  // clean and unpinned, least recently used first
+  List dirty_[kStages] GUARDED_BY(mutex_);
+  size_t count_ GUARDED_BY(mutex_) = 0;  // all tables in being, detached ones too
+  size_t dirty_count_ GUARDED_BY(mutex_) = 0;
+  Statistics statistics_ GUARDED_BY(mutex_);
+};
+
+}  // namespace imgfuse

@@ -1,0 +1,100 @@
+// Host clusters: finding free ones, and giving back those that are no longer referenced.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "base/latch.h"
+#include "format/qcow2/image.h"
+#include "format/qcow2/refcounts.h"
+
+namespace imgfuse::qcow2 {
+
+class Allocator;
+
+/// Host clusters that are counted as used but that nothing points at yet. Destroyed without commit(), they are free
+/// again at once.
+class [[nodiscard]] Reservation {
+ public:
+  Reservation() = default;
+  Reservation(Reservation&& other) noexcept { *this = std::move(other); }
+  Reservation& operator=(Reservation&& other) noexcept;
+  ~Reservation();
+
+  HostOffset host() const { return host_; }
+  uint64_t clusters() const { return clusters_; }
+  /// The clusters lie past everything that was ever written: they read as zeros on the host.
+  bool fresh() const { return fresh_; }
+  /// Something points at them from here on.
+  void commit() { allocator_ = nullptr; }
+
+ private:
+  friend class Allocator;
+  Allocator* allocator_ = nullptr;
+  Refcounts::Slice slice_;
+  HostOffset host_;
+  uint64_t clusters_ = 0;
+  bool fresh_ = false;
+};
+
+/// What becomes of the host space of freed clusters.
+enum class HostSpace { keep, punch };
+
+/// A run of clusters of which one reference each was given up.
+struct FreedClusters {
+  uint64_t first = 0;
+  uint64_t count = 0;
+  HostSpace space = HostSpace::keep;
+};
+
+/// First fit from the lowest cluster that may be free. A count is raised in memory before its cluster is used. It is
+/// lowered only by release(), when the un-mapping is durable (I5): until then freed clusters wait in quarantine.
+///
+/// Any thread may call. reserve() runs one search at a time (rank 2, held across the I/O that loads or makes a
+/// refcount block).
+class Allocator {
+ public:
+  Allocator(Image& image, Refcounts& refcounts, Latch& latch) : image_(image), refcounts_(refcounts), latch_(latch) {}
+
+  /// `file_size`: where the image file ends when it is opened; past it everything reads as zeros.
+  void start(uint64_t file_size);
+
+  /// Up to `wanted` contiguous clusters, at least one. Blocks.
+  Result<Reservation> reserve(uint64_t wanted) EXCLUDES(search_);
+  /// Exactly `count` contiguous clusters at the end of the image, for a table. Blocks.
+  Result<std::vector<Reservation>> reserve_contiguous(uint64_t count) EXCLUDES(search_);
+
+  /// Puts one reference of each cluster into quarantine. Under Image::mutex, exclusive: the same hold of the lock in
+  /// which the pointer to it was removed.
+  void quarantine(HostOffset host, uint64_t clusters, HostSpace space);
+
+  using Freed = std::vector<FreedClusters>;
+  /// Takes what is in quarantine, at a flush cycle's cut. Under Image::mutex, exclusive.
+  Freed take_quarantine();
+  /// Gives back what a durable flush cycle un-mapped: punches holes, then lowers counts. Blocks. One thread at a time.
+  Result<> release(Freed freed);
+  /// Puts it back into quarantine: the cycle failed.
+  void keep(Freed freed);
+
+  bool wants_flush() const EXCLUDES(image_.mutex);
+  bool has_quarantine() const EXCLUDES(image_.mutex);
+
+ private:
+  friend class Reservation;
+  Result<Reservation> search(uint64_t from, uint64_t wanted) REQUIRES(search_);
+  Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted) EXCLUDES(image_.mutex);
+  Result<> make_block(uint64_t cluster) REQUIRES(search_);
+  Result<> check_end(uint64_t end_cluster);
+  void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
+
+  Image& image_;
+  Refcounts& refcounts_;
+  Latch& latch_;
+
+  Mutex search_;
+  uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
+  uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
+  std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
+};
+
+}  // namespace imgfuse::qcow2

@@ -1,0 +1,107 @@
+// What the parts of one open qcow2 image share.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "base/math.h"
+#include "base/mutex.h"
+#include "core/table_cache.h"
+#include "format/qcow2/header.h"
+#include "imgfuse/storage.h"
+
+namespace imgfuse::qcow2 {
+
+/// Sizes that follow from the header and never change while the image is open.
+struct Geometry {
+  explicit Geometry(const Header& header)
+      : version(header.version),
+        cluster_bits(header.cluster_bits),
+        cluster_size(header.cluster_size()),
+        l2_entries(header.l2_entries()),
+        l2_coverage(header.l2_coverage()),
+        slice_bytes(std::min<uint64_t>(header.cluster_size(), 4096)),
+        refcount_bits(1u << header.refcount_order),
+        refcounts_per_block(header.refcounts_per_block()),
+        compression(header.compression) {}
+
+  uint32_t version;
+  uint32_t cluster_bits;
+  uint64_t cluster_size;
+  uint64_t l2_entries;   ///< per L2 table
+  uint64_t l2_coverage;  ///< guest bytes per L2 table
+  uint64_t slice_bytes;  ///< unit of caching and writing of L2 tables and refcount blocks
+  uint32_t refcount_bits;
+  uint64_t refcounts_per_block;
+  Compression compression;
+
+  bool has_zero_flag() const { return version >= 3; }
+  uint64_t slice_entries() const { return slice_bytes / 8; }
+  /// Guest bytes mapped by one slice of an L2 table.
+  uint64_t slice_coverage() const { return slice_entries() * cluster_size; }
+  uint64_t l1_index(GuestOffset guest) const { return guest.bytes() / l2_coverage; }
+  uint64_t l2_index(GuestOffset guest) const { return (guest.bytes() >> cluster_bits) % l2_entries; }
+  uint64_t cluster_of(HostOffset host) const { return host.bytes() >> cluster_bits; }
+  HostOffset host_of(uint64_t cluster) const { return HostOffset(cluster << cluster_bits); }
+  uint64_t clusters_for(uint64_t bytes) const { return divide_up(bytes, cluster_size); }
+};
+
+/// Stages of a flush cycle: reference counts (and, written before the cut, data), then what points at it.
+inline constexpr unsigned kCountStage = 0;
+inline constexpr unsigned kMapStage = 1;
+
+/// Host clusters in use by metadata, so that no data entry and no allocation is believed that points into it.
+/// Guarded by Image::mutex.
+class KnownMetadata {
+ public:
+  /// Adds clusters. A cluster may be known once only: returns whether they were all unknown.
+  bool add(uint64_t cluster, uint64_t count = 1) {
+    bool fresh = true;
+    for (uint64_t c = cluster; c < cluster + count; ++c) {
+      auto at = std::lower_bound(clusters_.begin(), clusters_.end(), c);
+      if (at != clusters_.end() && *at == c) {
+        fresh = false;
+      } else {
+        clusters_.insert(at, c);
+      }
+    }
+    return fresh;
+  }
+  /// Adds many at once; returns the first one that was known already or came twice, else 0 (the header's cluster).
+  uint64_t add_all(std::vector<uint64_t> clusters) {
+    clusters_.insert(clusters_.end(), clusters.begin(), clusters.end());
+    std::sort(clusters_.begin(), clusters_.end());
+    auto twice = std::adjacent_find(clusters_.begin(), clusters_.end());
+    const uint64_t duplicate = twice == clusters_.end() ? 0 : *twice;
+    clusters_.erase(std::unique(clusters_.begin(), clusters_.end()), clusters_.end());
+    return duplicate;
+  }
+  void remove(uint64_t cluster, uint64_t count = 1) {
+    auto first = std::lower_bound(clusters_.begin(), clusters_.end(), cluster);
+    auto last = std::lower_bound(first, clusters_.end(), cluster + count);
+    clusters_.erase(first, last);
+  }
+  bool overlaps(uint64_t cluster, uint64_t count = 1) const {
+    auto at = std::lower_bound(clusters_.begin(), clusters_.end(), cluster);
+    return at != clusters_.end() && *at < cluster + count;
+  }
+
+ private:
+  std::vector<uint64_t> clusters_;  // sorted; grows mostly at its end
+};
+
+/// The shared state. `mutex` (rank 4) guards the content of all cached tables, `known`, and what Map, Refcounts and
+/// Allocator keep in memory; it is never held during I/O.
+struct Image {
+  Image(Storage& image_storage, const Header& header, uint64_t metadata_cache)
+      : storage(image_storage), geometry(header), tables(image_storage, geometry.slice_bytes, metadata_cache) {}
+
+  Storage& storage;
+  const Geometry geometry;
+  TableCache tables;
+  SharedMutex mutex;
+  KnownMetadata known GUARDED_BY(mutex);
+};
+
+}  // namespace imgfuse::qcow2

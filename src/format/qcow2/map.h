@@ -1,0 +1,97 @@
+// From guest clusters to host clusters: the L1 table and its L2 tables.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "format/qcow2/allocator.h"
+#include "format/qcow2/image.h"
+#include "format/qcow2/l2_entry.h"
+
+namespace imgfuse::qcow2 {
+
+/// What a run of guest bytes maps to. All bytes of the run are of one kind; the host bytes of a normal or
+/// zero-allocated run are contiguous; a compressed run is one cluster.
+struct Mapping {
+  ClusterKind kind = ClusterKind::unallocated;
+  uint64_t length = 0;         ///< guest bytes from the position asked for
+  bool copied = false;         ///< the host clusters are referenced from here only: they may be written in place
+  HostOffset host;             ///< of the position asked for (normal, zero-allocated)
+  CompressedRange compressed;  ///< (compressed)
+};
+
+/// Looks guest clusters up and changes what they map to. A mapping is valid under the guest-range lease under which it
+/// was looked up. Any thread; lookup() and writable_slice() may block to load a table.
+class Map {
+ public:
+  Map(Image& image, Allocator& allocator) : image_(image), allocator_(allocator) {}
+
+  /// Reads the L1 table. For a writable image the tables must not overlap other metadata, or it is not opened.
+  Result<> load(const Header& header, bool writable);
+
+  /// The run at the front of `range` (not empty; may stop early at the border of a slice).
+  Result<Mapping> lookup(GuestRange range);
+
+  /// A slice of an L2 table that may be changed: made, or copied from a table shared with a snapshot, if need be.
+  Result<TableCache::Pin> writable_slice(GuestOffset guest) EXCLUDES(tables_);
+
+  /// Changes of one cluster's entry, each under an exclusive lease on its guest range and with the pin that
+  /// writable_slice() gave for it. What the entry gives up goes to quarantine. `clusters` must not leave the slice.
+  void link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
+  /// As link(), but the clusters read as zeros and keep `host` for later (zero-allocated).
+  void link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
+  /// The clusters read as zeros. `keep` leaves their host clusters allocated where the entry can express that.
+  void zero(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, bool keep);
+  /// The clusters read as they would without an entry (from the backing file).
+  void unmap(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters);
+
+  /// L1 entries changed since the last call, frozen at a cut. Under Image::mutex, exclusive.
+  struct L1Changes {
+    HostOffset table;
+    std::vector<std::pair<uint64_t, uint64_t>> entries;  // index, value; ascending
+  };
+  L1Changes freeze_l1();
+  Result<> write_l1(const L1Changes& changes);
+  /// The changes were not written: they are due again.
+  void keep_l1(const L1Changes& changes);
+
+  uint64_t l1_entries() const;
+  /// Whether an L2 table maps anything at or past `guest`.
+  bool has_tables_from(GuestOffset guest) const;
+  /// The L1 table as it would lie on disk with `entries` entries.
+  std::vector<std::byte> encode_l1(uint64_t entries) const;
+  /// The L1 table was copied to `offset` with `entries` entries and the header points there: the old one is freed.
+  void adopt_l1(HostOffset offset, uint64_t entries);
+
+  /// Guest bytes that hold host clusters, among those counted so far.
+  uint64_t allocated() const { return allocated_.load(std::memory_order_relaxed); }
+  /// Counts the next slice of the disk; false when all `size` bytes are counted.
+  Result<bool> count_next(uint64_t size);
+
+ private:
+  struct SlicePlace {
+    HostOffset offset;
+    uint64_t first_index;  // in the slice, of the guest cluster asked for
+  };
+  SlicePlace place(L1Entry l1, GuestOffset guest) const;
+  Result<L1Entry> l1_entry(GuestOffset guest) const;
+  Result<> check_table(L1Entry l1, uint64_t index) const REQUIRES_SHARED(image_.mutex);
+  Result<> check_entry(L2Entry entry, GuestOffset guest) const REQUIRES_SHARED(image_.mutex);
+  Result<Mapping> read_run(ConstBytes slice, uint64_t index, GuestRange range) const REQUIRES_SHARED(image_.mutex);
+  Result<> make_table(uint64_t l1_index) EXCLUDES(tables_);
+  template <class Change>
+  void change(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, HostSpace space, Change&& entry_for);
+  void give_up(L2Entry entry, HostSpace space) REQUIRES(image_.mutex);
+
+  Image& image_;
+  Allocator& allocator_;
+
+  Mutex tables_;  // rank 2, before the allocator's: one L2 table is made at a time; held across I/O
+  HostOffset l1_offset_ GUARDED_BY(image_.mutex);
+  std::vector<uint64_t> l1_ GUARDED_BY(image_.mutex);
+  std::vector<uint64_t> dirty_l1_ GUARDED_BY(image_.mutex);  // indexes
+  uint64_t counted_ GUARDED_BY(image_.mutex) = 0;            // guest bytes from 0 that allocated_ covers
+  std::atomic<uint64_t> allocated_ = 0;
+};
+
+}  // namespace imgfuse::qcow2

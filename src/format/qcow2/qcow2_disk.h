@@ -1,0 +1,99 @@
+// One qcow2 image as a Disk: how guest requests travel.
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "base/latch.h"
+#include "core/flusher.h"
+#include "core/range_lock.h"
+#include "format/qcow2/allocator.h"
+#include "format/qcow2/image.h"
+#include "format/qcow2/map.h"
+#include "format/qcow2/qcow2.h"
+#include "format/qcow2/refcounts.h"
+
+namespace imgfuse::qcow2 {
+
+/// A request takes one lease on its guest range (shared for reading and for writing in place, exclusive for whatever
+/// changes a mapping), looks runs up, and does one host call per run. New clusters are reserved, written, then linked;
+/// the flush cycle makes counts and tables durable in that order.
+class Qcow2Disk final : public Disk, private Flusher::Client {
+ public:
+  Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters);
+  ~Qcow2Disk() override;
+
+  /// Reads the tables, opens the backing file, and prepares a writable image for its first change.
+  Result<> start(const BackingOpener& open_backing);
+
+  /// Counters for tests and benchmarks.
+  TableCache::Statistics cache_statistics() const { return image_.tables.statistics(); }
+
+ private:
+  DiskInfo do_info() const override;
+  uint64_t do_size() const override { return size_.load(std::memory_order_relaxed); }
+  Result<> do_read(GuestOffset offset, Bytes out) override;
+  Result<> do_write(GuestOffset offset, ConstBytes data) override;
+  Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
+  Result<> do_populate(GuestRange range) override;
+  Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
+  Result<> do_flush() override;
+  Result<> do_resize(uint64_t size) override;
+  Result<> do_close() override;
+  uint64_t do_allocated() const override;
+  Result<> do_count_allocated(const std::atomic<bool>& stop) override;
+
+  void cut() override;
+  Result<bool> write_stage(unsigned stage) override;
+  void end_cycle(bool durable) override;
+
+  // All of these expect a lease on the range.
+  Result<> read_range(GuestOffset offset, Bytes out);
+  Result<> read_backing(GuestOffset offset, Bytes out);
+  Result<> read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out);
+  Result<size_t> write_in_place(GuestOffset offset, ConstBytes data);
+  Result<size_t> write_run(const Mapping& mapping, GuestOffset offset, ConstBytes data);
+  Result<Reservation> reserve(uint64_t clusters);
+  Result<size_t> write_new_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
+  Result<size_t> write_reserved_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
+  Result<> write_around(const Mapping& old, HostOffset host, GuestOffset offset, ConstBytes data, bool host_is_zero);
+  Result<> zero_range(GuestRange range, Zeroing zeroing);
+  Result<> zero_part(GuestRange range);
+  Result<> zero_clusters(GuestRange range, Zeroing zeroing);
+  Result<uint64_t> zero_run(const Mapping& mapping, GuestRange range, Zeroing zeroing);
+  Result<> overwrite_with_zeroes(GuestRange range);
+  Result<> populate_range(GuestRange range);
+  Result<uint64_t> populate_run(const Mapping& mapping, GuestRange range);
+
+  bool reads_zero(const Mapping& mapping, GuestRange range) const;
+  Result<> relieve();
+  Result<> clear_autoclear_bits();
+  Result<> grow_l1(uint64_t entries);
+  Result<> write_size(uint64_t size);
+
+  const std::shared_ptr<Storage> storage_;
+  Header header_;  // as opened; fields that change live elsewhere
+  const bool read_only_;
+  std::atomic<uint64_t> size_;
+  std::unique_ptr<Disk> backing_;
+  uint64_t backing_size_ = 0;
+  bool closed_ = true;  // nothing to write out: false from start() to close() of a writable image
+  std::atomic<bool> counted_ = false;
+
+  Latch latch_;
+  RangeLock ranges_;
+  Image image_;
+  Refcounts refcounts_;
+  Allocator allocator_;
+  Map map_;
+  Flusher flusher_;
+
+  // One flush cycle's work, from cut() to end_cycle(); touched by its one thread only.
+  struct Cycle {
+    TableCache::Batch counts, slices;
+    Map::L1Changes l1;
+    Allocator::Freed freed;
+  } cycle_;
+};
+
+}  // namespace imgfuse::qcow2

@@ -1,0 +1,56 @@
+// Reference counts of host clusters: the refcount table and its blocks.
+#pragma once
+
+#include <vector>
+
+#include "core/flusher.h"
+#include "format/qcow2/image.h"
+
+namespace imgfuse::qcow2 {
+
+/// Reads the count at `index` of a (piece of a) refcount block, and writes it. Widths below a byte fill each byte from
+/// its low bits; wider ones are big-endian (specification, section 9).
+uint64_t get_refcount(ConstBytes block, uint64_t index, uint32_t bits);
+void set_refcount(Bytes block, uint64_t index, uint32_t bits, uint64_t value);
+
+/// Finds, changes and, where they are missing, makes refcount blocks. Any thread; the functions that block say so.
+class Refcounts {
+ public:
+  explicit Refcounts(Image& image) : image_(image) {}
+
+  /// Reads the refcount table. Call once, before anything else.
+  Result<> load(const Header& header);
+
+  /// A pinned run of counts that lie in one cached slice.
+  struct Slice {
+    TableCache::Pin pin;  ///< empty where there is no block: all counts are zero
+    uint64_t first = 0;   ///< host cluster of the first count
+    uint64_t count = 0;
+  };
+  /// The slice with the count of `cluster`. May block to load it.
+  Result<Slice> slice_of(uint64_t cluster, TableCache::Room room = TableCache::Room::flush_for_it);
+
+  uint64_t get(const Slice& slice, uint64_t cluster) const;        ///< under Image::mutex, shared
+  void set(const Slice& slice, uint64_t cluster, uint64_t value);  ///< under Image::mutex, exclusive; pinned
+
+  /// Makes the block (and, where the table is too short, a longer table) that counts `cluster`. Blocks: writes, and one
+  /// to three host flushes, but seldom. One caller at a time. Returns the end of the clusters that it wrote to.
+  Result<uint64_t> create_block(uint64_t cluster);
+
+  /// Tables that were replaced by longer ones since the last call: unreachable, and to be freed.
+  std::vector<HostRange> take_replaced_tables();
+
+ private:
+  Result<uint64_t> create_blocks_in_table(uint64_t index, uint64_t count);
+  Result<uint64_t> grow_table(uint64_t index);
+  Result<> write_blocks(uint64_t index, uint64_t count, uint64_t used_clusters);
+  HostOffset block_at(uint64_t index) const REQUIRES_SHARED(image_.mutex);
+
+  Image& image_;
+  HostOffset table_offset_;  // changed by create_block() only, as its caller is alone
+  uint64_t table_clusters_ = 0;
+  std::vector<uint64_t> table_ GUARDED_BY(image_.mutex);
+  std::vector<HostRange> replaced_ GUARDED_BY(image_.mutex);
+};
+
+}  // namespace imgfuse::qcow2
