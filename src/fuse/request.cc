@@ -1,0 +1,75 @@
+#include "fuse/request.h"
+
+#include <linux/fuse.h>
+
+#include <cerrno>
+#include <string>
+
+#include "base/log.h"
+#include "base/mutex.h"
+
+namespace imgfuse::fuse {
+namespace {
+
+/// Remembers the last line, so that a latched disk under load does not fill the log.
+class OnceLog {
+ public:
+  void error(const std::string& text) EXCLUDES(mutex_) {
+    {
+      const Lock lock(mutex_);
+      if (text == last_) return;
+      last_ = text;
+    }
+    log_error("{}", text);
+  }
+
+ private:
+  Mutex mutex_;
+  std::string last_ GUARDED_BY(mutex_);
+};
+
+OnceLog once_log;
+
+}  // namespace
+
+int errno_of(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::io:
+    case ErrorCode::corrupt:
+      return EIO;
+    case ErrorCode::no_space:
+      return ENOSPC;
+    case ErrorCode::unsupported:
+      return EOPNOTSUPP;
+    case ErrorCode::invalid:
+      return EINVAL;
+    case ErrorCode::denied:
+      return EACCES;
+    case ErrorCode::read_only:
+      return EROFS;
+    case ErrorCode::not_found:
+      return ENOENT;
+    case ErrorCode::busy:
+      return EBUSY;
+  }
+  return EIO;
+}
+
+Request::~Request() {
+  if (request_ != nullptr) error(EIO);
+}
+
+void Request::error(const Error& cause) {
+  const bool explained = cause.code() == ErrorCode::invalid || cause.code() == ErrorCode::read_only;
+  if (!explained) once_log.error(cause.text());
+  error(errno_of(cause.code()));
+}
+
+void Request::opened(uint32_t flags) {
+  fuse_open_out out = {};
+  out.open_flags = flags;
+  const iovec part = {&out, sizeof out};
+  fuse_reply_iov(take(), &part, 1);
+}
+
+}  // namespace imgfuse::fuse

@@ -1,0 +1,38 @@
+// Where a disk can be mounted, and what is mounted there already.
+#pragma once
+
+#include <sys/types.h>
+
+#include <optional>
+#include <string>
+
+#include "imgfuse/error.h"
+
+namespace imgfuse::fuse {
+
+/// A line of /proc/self/mountinfo. Reading it touches no file system, so that a dead daemon hangs nobody.
+struct MountEntry {
+  std::string device;  ///< "0:53", which no two mounts share at the same time
+  std::string path;
+  std::string type;    ///< "fuse.imgfuse"
+  std::string source;  ///< the image, if -o fsname did not say otherwise
+  uid_t user = 0;      ///< who mounted, for FUSE
+};
+
+bool is_fuse(const MountEntry& entry);
+
+/// What is mounted at `path` (absolute, canonical), the topmost if there are several.
+std::optional<MountEntry> find_mount(const std::string& path);
+
+/// The absolute path without symbolic links, also where the last component is a mount whose daemon is gone.
+Result<std::string> canonical_path(const std::string& path);
+
+enum class MountpointKind { file, directory };
+struct Mountpoint {
+  std::string path;  ///< canonical
+  MountpointKind kind = MountpointKind::file;
+};
+/// Checks that an image can be mounted at `path`. `image` is the image's canonical path. The errors say what to do.
+Result<Mountpoint> check_mountpoint(const std::string& path, const std::string& image);
+
+}  // namespace imgfuse::fuse
