@@ -1,0 +1,87 @@
+"""The matrix of images that imgfuse and QEMU have to agree on."""
+from dataclasses import dataclass, field
+from itertools import product
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One image: how it is made, not what is in it."""
+    version: int = 3
+    cluster: int = 64 * KiB
+    refcount_bits: int = 16
+    compression: str = 'none'  # none, zlib, zstd: whether what lies in it at first is compressed
+    backing: tuple = field(default=())  # formats, the nearest first
+    backing_size: str = 'equal'  # equal, shorter, longer
+    snapshots: bool = False
+    preallocation: str = 'off'
+    lazy_refcounts: bool = False
+    odd_size: bool = False  # not a multiple of the cluster size
+
+    @property
+    def size(self):
+        size = max(4 * MiB, 5 * self.cluster)
+        return size + 3 * 512 if self.odd_size else size
+
+    def size_of_backing(self, depth):
+        """Layers of unequal size differ from each other too."""
+        step = max(MiB, self.cluster) + 1024
+        return {'equal': self.size, 'shorter': self.size - depth * step // 2,
+                'longer': self.size + depth * step}[self.backing_size]
+
+    @property
+    def options(self):
+        options = ['compat=' + {2: '0.10', 3: '1.1'}[self.version], 'cluster_size=%d' % self.cluster]
+        if self.refcount_bits != 16:
+            options.append('refcount_bits=%d' % self.refcount_bits)
+        if self.compression == 'zstd':
+            options.append('compression_type=zstd')
+        if self.preallocation != 'off':
+            options.append('preallocation=' + self.preallocation)
+        if self.lazy_refcounts:
+            options.append('lazy_refcounts=on')
+        return ','.join(options)
+
+    @property
+    def name(self):
+        parts = ['v%d' % self.version, 'cluster_' + short(self.cluster), 'refcount_%d' % self.refcount_bits]
+        parts += [self.compression] if self.compression != 'none' else []
+        parts += ['on_%s_%s' % ('_'.join(self.backing), self.backing_size)] if self.backing else []
+        parts += ['snapshots'] if self.snapshots else []
+        parts += ['preallocated_' + self.preallocation] if self.preallocation != 'off' else []
+        parts += ['lazy'] if self.lazy_refcounts else []
+        parts += ['odd_size'] if self.odd_size else []
+        return '_'.join(parts)
+
+
+def short(size):
+    return '%dM' % (size // MiB) if size >= MiB else '%dk' % (size // KiB) if size >= KiB else str(size)
+
+
+def matrix():
+    clusters = (512, 4 * KiB, 64 * KiB, 2 * MiB)
+    versions = (2, 3)
+    specs = []
+    specs += [Spec(cluster=512 << n) for n in range(13)]
+    specs += [Spec(version=2, cluster=c) for c in clusters]
+    specs += [Spec(cluster=c, refcount_bits=b) for c, b in product(clusters, (1, 2, 4, 8, 32, 64))]
+    specs += [Spec(version=v, cluster=c, compression='zlib') for v, c in product(versions, clusters)]
+    specs += [Spec(cluster=c, compression='zstd') for c in clusters]
+    specs += [Spec(cluster=c, refcount_bits=b, compression='zlib') for c, b in product(clusters, (1, 2, 64))]
+    specs += [Spec(version=v, cluster=c, backing=(f,), backing_size=s)
+              for v, c, f, s in product(versions, clusters, ('raw', 'qcow2'), ('equal', 'shorter', 'longer'))]
+    specs += [Spec(cluster=c, backing=b, backing_size=s)
+              for c, b, s in product((4 * KiB, 64 * KiB), (('qcow2', 'qcow2', 'raw'), ('qcow2', 'qcow2', 'qcow2')),
+                                     ('equal', 'shorter', 'longer'))]
+    specs += [Spec(version=v, cluster=c, snapshots=True) for v, c in product(versions, clusters)]
+    specs += [Spec(cluster=c, snapshots=True, compression=z) for c, z in product(clusters, ('zlib', 'zstd'))]
+    specs += [Spec(cluster=c, snapshots=True, refcount_bits=b) for c, b in product(clusters, (2, 64))]
+    specs += [Spec(cluster=c, snapshots=True, backing=('qcow2', 'raw'), compression='zlib', backing_size='shorter')
+              for c in clusters]
+    specs += [Spec(version=v, cluster=c, preallocation=p)
+              for v, c, p in product(versions, clusters, ('metadata', 'falloc', 'full'))]
+    specs += [Spec(cluster=c, lazy_refcounts=True) for c in clusters]
+    specs += [Spec(version=v, cluster=c, odd_size=True) for v, c in product(versions, clusters)]
+    specs += [Spec(cluster=c, odd_size=True, compression='zlib', backing=('raw',)) for c in clusters]
+    return list(dict.fromkeys(specs))
