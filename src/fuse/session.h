@@ -31,7 +31,7 @@ class Session {
  public:
   /// What the user sees of the image.
   struct Subject {
-    std::string image;  ///< canonical path
+    std::string image;  ///< absolute path
     timespec modified;  ///< of the image file
   };
   /// Mounts. Requests wait in the kernel until serve(). Does not close the disk when it fails.

@@ -1,0 +1,245 @@
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "fuse/background.h"
+#include "fuse/mountpoint.h"
+#include "fuse/options.h"
+#include "fuse/session.h"
+#include "imgfuse/open.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+/// What a command line asks for.
+struct MountRequest {
+  std::string image;
+  std::string mountpoint;
+  OpenOptions open;
+  fuse::MountOptions mount;
+  bool foreground = false;
+  bool fake = false;    ///< mount(8)'s -f: check everything, mount nothing
+  bool sloppy = false;  ///< mount(8)'s -s: skip unknown options
+};
+
+Result<CacheMode> parse_cache_mode(std::string_view name) {
+  static constexpr std::array<std::pair<std::string_view, CacheMode>, 5> kModes = {{
+      {"writeback", CacheMode::writeback},
+      {"none", CacheMode::none},
+      {"writethrough", CacheMode::writethrough},
+      {"directsync", CacheMode::directsync},
+      {"unsafe", CacheMode::unsafe},
+  }};
+  for (const auto& [word, mode] : kModes)
+    if (word == name) return mode;
+  return fail(ErrorCode::invalid, "cache mode \"{}\" is none of writeback, none, writethrough, directsync, unsafe",
+              name);
+}
+
+Result<uint64_t> parse_cache_size(std::string_view text) {
+  constexpr uint64_t kSmallest = 256_KiB;
+  IMG_LET(const uint64_t size, parse_size(text));
+  if (size < kSmallest) return fail(ErrorCode::invalid, "a metadata cache of {} is smaller than 256k", text);
+  return size;
+}
+
+/// The image's options in the -o list: fstab has no other place for them.
+Result<bool> take_image_option(OpenOptions& open, std::string_view key, const std::string& value) {
+  if (key == "force_share") {
+    open.force_share = true;
+    return true;
+  }
+  static constexpr std::array<std::string_view, 5> kWithValue = {"format", "backing_format", "allow_path", "cache",
+                                                                 "metadata_cache"};
+  if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
+  if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
+  if (key == "format") open.format = value;
+  if (key == "backing_format") open.backing_format = value;
+  if (key == "allow_path") open.allowed_directories.push_back(value);
+  if (key == "cache") {
+    IMG_LET(open.cache, parse_cache_mode(value));
+  }
+  if (key == "metadata_cache") {
+    IMG_LET(open.metadata_cache, parse_cache_size(value));
+  }
+  return true;
+}
+
+Result<> take_option_list(MountRequest& request, std::string_view list) {
+  return fuse::parse_options(list, request.mount, [&](std::string_view key, const std::string& value) -> Result<bool> {
+    IMG_LET(const bool taken, take_image_option(request.open, key, value));
+    return taken || request.sloppy;
+  });
+}
+
+Result<> check_options(const MountRequest& request) {
+  if (request.open.force_share && !request.mount.read_only)
+    return fail(ErrorCode::invalid, "--force-share takes no locks and needs --read-only");
+  return {};
+}
+
+/// Root may do what it wants; for others fusermount3 would refuse in words of its own.
+Result<> check_allow_other(const fuse::MountOptions& options) {
+  if ((!options.allow_other && !options.allow_root) || ::geteuid() == 0) return {};
+  std::ifstream config("/etc/fuse.conf");
+  for (std::string line; std::getline(config, line);)
+    if (line.starts_with("user_allow_other")) return {};
+  return fail(ErrorCode::denied, "option {} is only for root until /etc/fuse.conf has a line \"user_allow_other\"",
+              options.allow_other ? "allow_other" : "allow_root");
+}
+
+/// A daemon leaves its directory. Symbolic links stay: backing files are relative to the name that was given.
+void make_absolute(MountRequest& request) {
+  for (std::string& directory : request.open.allowed_directories) directory = std::filesystem::absolute(directory);
+}
+
+Result<fuse::Session::Subject> find_image(const std::string& path) {
+  struct stat attributes;
+  if (::stat(path.c_str(), &attributes) != 0)
+    return fail(errno == EACCES ? ErrorCode::denied : ErrorCode::not_found, "open: {}", strerror(errno));
+  return fuse::Session::Subject{std::filesystem::absolute(path), attributes.st_mtim};
+}
+
+Result<fuse::Mountpoint> find_mountpoint(const MountRequest& request) {
+  IMG_LET(const std::string image, fuse::canonical_path(request.image));
+  return fuse::check_mountpoint(request.mountpoint, image);
+}
+
+/// Opens, mounts and serves. Everything that can be wrong with the request is found before `background` is ready.
+int serve(Io& io, const MountRequest& request, fuse::Background& background) {
+  const auto failed = [&](const Error& error) {
+    print_error(io, request.image, error);
+    return kFailure;
+  };
+  const auto subject = find_image(request.image);
+  if (!subject) return failed(subject.error());
+  const auto mountpoint = find_mountpoint(request);
+  if (!mountpoint) return failed(mountpoint.error());
+  if (auto allowed = check_allow_other(request.mount); !allowed) return failed(allowed.error());
+
+  OpenOptions open = request.open;
+  open.read_only = request.mount.read_only;
+  auto disk = open_disk(subject->image, open);
+  if (!disk) return failed(disk.error());
+  if (open.cache == CacheMode::writethrough || open.cache == CacheMode::directsync) (*disk)->set_write_through();
+  if (request.fake) {
+    const auto closed = (*disk)->close();
+    return closed ? kSuccess : failed(closed.error());
+  }
+  auto session = fuse::Session::mount(**disk, *subject, *mountpoint, request.mount);
+  if (!session) {
+    const int status = failed(session.error());
+    if (auto closed = (*disk)->close(); !closed) failed(closed.error());
+    return status;
+  }
+  const auto served = (*session)->serve([&] { background.ready(); });
+  return served ? kSuccess : failed(served.error());
+}
+
+int mount(Io& io, MountRequest& request) {
+  make_absolute(request);
+  fuse::Background background;
+  if (!request.foreground) {
+    io.out.flush();
+    io.err.flush();
+    if (const auto status = background.fork()) return *status;
+  }
+  return serve(io, request, background);
+}
+
+int usage_error(Io& io, const Error& error) {
+  print_error(io, "", error, "\"imgfuse mount --help\" lists the options");
+  return kUsage;
+}
+
+void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::string>& lists) {
+  app.add_option("IMAGE", request.image, "A qcow2 or raw image")->required();
+  app.add_option("MOUNTPOINT", request.mountpoint, "A file that becomes the disk, or a directory that shows disk.raw")
+      ->required();
+  app.add_flag("-f,--foreground", request.foreground, "Stay in the foreground; the exit status tells how closing went");
+  app.add_option("-o", lists, "Options as in fstab, see below")->type_name("LIST")->allow_extra_args(false);
+  app.add_flag("-r,--read-only", request.mount.read_only, "Change nothing");
+  app.add_flag("-s", request.mount.single_threaded, "Answer one request at a time");
+  app.add_flag("-d,--debug", request.mount.debug, "Show every request; implies -f");
+  add_open_options(app, request.open, FormatFlag::long_only);
+  app.add_option_function<std::string>(
+         "--cache",
+         [&](const std::string& name) {
+           const auto mode = parse_cache_mode(name);
+           if (!mode) throw CLI::ValidationError("--cache", mode.error().text());
+           request.open.cache = *mode;
+         },
+         "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe")
+      ->type_name("MODE");
+  app.add_option_function<std::string>(
+         "--metadata-cache",
+         [&](const std::string& text) {
+           const auto size = parse_cache_size(text);
+           if (!size) throw CLI::ValidationError("--metadata-cache", size.error().text());
+           request.open.metadata_cache = *size;
+         },
+         "Memory for the image's tables (default 32M)")
+      ->type_name("SIZE");
+}
+
+constexpr const char* kFooter =
+    "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
+    "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
+    "  format= backing_format= cache= metadata_cache= allow_path= force_share.\n"
+    "\n"
+    "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
+
+}  // namespace
+
+int run_mount(Io& io, Arguments args) {
+  MountRequest request;
+  std::vector<std::string> lists;
+  CLI::App app("Presents an image as a raw file.", "imgfuse mount");
+  app.footer(kFooter);
+  add_mount_options(app, request, lists);
+  if (const auto status = parse(app, io, args)) return *status;
+  const bool read_only = request.mount.read_only;
+  for (const std::string& list : lists)
+    if (auto taken = take_option_list(request, list); !taken) return usage_error(io, taken.error());
+  if (read_only) request.mount.read_only = true;  // -r wins over -o rw
+  if (auto good = check_options(request); !good) return usage_error(io, good.error());
+  if (request.mount.debug) request.foreground = true;
+  return mount(io, request);
+}
+
+int run_mount_helper(Io& io, Arguments args) {
+  MountRequest request;
+  std::vector<std::string> lists;
+  std::string ignored;
+  bool ignored_flag = false;
+  CLI::App app("Called by mount(8) for type imgfuse.", "mount.imgfuse");
+  app.add_option("SPEC", request.image)->required();
+  app.add_option("DIR", request.mountpoint)->required();
+  app.add_flag("-s", request.sloppy);
+  app.add_flag("-f", request.fake);
+  app.add_flag("-n,-v", ignored_flag);
+  app.add_flag("-r", request.mount.read_only);
+  app.add_flag("-w", ignored_flag);
+  app.add_option("-o", lists)->allow_extra_args(false);
+  app.add_option("-t", ignored);
+  app.add_option("-N", ignored);
+  if (const auto status = parse(app, io, args)) return *status;
+  for (const std::string& list : lists)
+    if (auto taken = take_option_list(request, list); !taken) return usage_error(io, taken.error());
+  if (auto good = check_options(request); !good) return usage_error(io, good.error());
+  return mount(io, request);
+}
+
+}  // namespace imgfuse::tool
