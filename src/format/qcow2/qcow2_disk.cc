@@ -6,9 +6,9 @@
 #include <limits>
 
 #include "base/buffer.h"
+#include "base/endian.h"
 #include "core/codec.h"
 #include "core/pieces.h"
-#include "format/qcow2/layout.h"
 
 namespace imgfuse::qcow2 {
 namespace {
@@ -571,13 +571,6 @@ Result<> Qcow2Disk::write_size(uint64_t size) {
 }
 
 // ---- Doors
-
-bool probe(ConstBytes first_bytes) {
-  if (first_bytes.size() < 8) return false;
-  be<uint32_t> fields[2];
-  std::memcpy(fields, first_bytes.data(), sizeof fields);
-  return fields[0] == wire::kMagic && fields[1] >= 2;
-}
 
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters) {
   IMG_LET(Header header, read_header(*storage, parameters.read_only ? Purpose::read : Purpose::write));
