@@ -1,0 +1,76 @@
+// One open host file: whole transfers out of system calls that may do less than they were asked.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <compare>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "imgfuse/storage.h"
+#include "storage/unique_fd.h"
+
+namespace imgfuse {
+
+/// "{action}: {what errno means}", with the code a caller acts on.
+Error host_error(int error_number, std::string_view action);
+/// The same without an action: "no such file".
+Error host_error(int error_number);
+
+/// Which file it is, whatever name it was opened by.
+struct FileId {
+  dev_t device = 0;
+  ino_t inode = 0;
+  auto operator<=>(const FileId&) const = default;
+};
+
+/// System calls made so far.
+struct FileCounts {
+  uint64_t reads = 0;
+  uint64_t writes = 0;
+  uint64_t flushes = 0;
+};
+
+/// Reads and writes at byte offsets, without regard to alignment: that is DirectIo's. Any thread; all calls block.
+///
+/// The end of the file is kept in memory and grows by our own writes only, since the image lock keeps others from
+/// changing it; so a read costs exactly one system call.
+class HostFile {
+ public:
+  HostFile(UniqueFd fd, std::string name, uint64_t end) : fd_(std::move(fd)), name_(std::move(name)), end_(end) {}
+
+  int fd() const { return fd_.get(); }
+  const std::string& name() const { return name_; }
+  uint64_t end() const { return end_.load(std::memory_order_acquire); }
+  FileCounts counts() const { return {reads_.load(), writes_.load(), flushes_.load()}; }
+
+  /// What lies past the end of the file reads as zeros.
+  Result<> read(uint64_t offset, Bytes out);
+  Result<> write(uint64_t offset, std::span<const ConstBytes> parts);
+  /// fallocate(2): its errno, 0 when it succeeded.
+  int try_fallocate(int mode, HostRange range);
+  Result<> sync();
+  Result<> truncate(uint64_t size);
+
+  /// Switches O_DIRECT on or off for all requests that start afterwards; false if the file system refuses.
+  bool set_direct(bool on);
+  /// With O_DIRECT a read that stops inside a block of this size has met the end of the file; it cannot be continued.
+  void set_block(uint32_t bytes) { block_ = bytes; }
+
+  Error error(int error_number, std::string_view verb, HostRange range) const;
+
+ private:
+  void grow(uint64_t end);
+
+  const UniqueFd fd_;
+  const std::string name_;
+  uint32_t block_ = 1;
+  std::atomic<uint64_t> end_;
+  std::atomic<uint64_t> reads_ = 0;
+  std::atomic<uint64_t> writes_ = 0;
+  std::atomic<uint64_t> flushes_ = 0;
+};
+
+}  // namespace imgfuse
