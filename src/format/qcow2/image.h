@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "base/math.h"
@@ -55,21 +57,20 @@ inline constexpr unsigned kMapStage = 1;
 /// Guarded by Image::mutex.
 class KnownMetadata {
  public:
-  /// Adds clusters. A cluster may be known once only: returns whether they were all unknown.
+  /// Adds neighbouring clusters. A cluster may be known once only: returns whether they were all unknown.
   bool add(uint64_t cluster, uint64_t count = 1) {
-    bool fresh = true;
-    for (uint64_t c = cluster; c < cluster + count; ++c) {
-      auto at = std::lower_bound(clusters_.begin(), clusters_.end(), c);
-      if (at != clusters_.end() && *at == c) {
-        fresh = false;
-      } else {
-        clusters_.insert(at, c);
-      }
+    if (overlaps(cluster, count)) {
+      std::vector<uint64_t> run(count);
+      std::iota(run.begin(), run.end(), cluster);
+      add_all(run);
+      return false;
     }
-    return fresh;
+    auto at = clusters_.insert(std::lower_bound(clusters_.begin(), clusters_.end(), cluster), count, cluster);
+    std::iota(at, at + static_cast<std::ptrdiff_t>(count), cluster);
+    return true;
   }
-  /// Adds many at once; returns the first one that was known already or came twice, else 0 (the header's cluster).
-  uint64_t add_all(std::vector<uint64_t> clusters) {
+  /// Adds many at once; returns one that was known already or came twice, else 0 (the header's cluster).
+  uint64_t add_all(const std::vector<uint64_t>& clusters) {
     clusters_.insert(clusters_.end(), clusters.begin(), clusters.end());
     std::sort(clusters_.begin(), clusters_.end());
     auto twice = std::adjacent_find(clusters_.begin(), clusters_.end());

@@ -51,7 +51,7 @@ Result<> Map::load(const Header& header, bool writable) {
     IMG_TRY(check_table({l1_[i]}, i));
     tables.push_back(g.cluster_of(L1Entry{l1_[i]}.table()));
   }
-  if (uint64_t twice = image_.known.add_all(std::move(tables)); twice != 0)
+  if (uint64_t twice = image_.known.add_all(tables); twice != 0)
     return fail(ErrorCode::corrupt, "the cluster at {:#x} is used twice as a table; the image can only be read",
                 twice * g.cluster_size);
   return {};

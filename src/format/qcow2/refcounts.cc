@@ -85,7 +85,7 @@ Result<> Refcounts::load(const Header& header) {
     if (HostOffset block(entry & kRefcountTableMask); block.bytes() != 0)
       known.push_back(image_.geometry.cluster_of(block));
   const bool table_overlaps = !image_.known.add(image_.geometry.cluster_of(table_offset_), table_clusters_);
-  if (uint64_t twice = image_.known.add_all(std::move(known)); twice != 0 || table_overlaps)
+  if (uint64_t twice = image_.known.add_all(known); twice != 0 || table_overlaps)
     return fail(ErrorCode::corrupt,
                 "the refcount table at {:#x} overlaps other metadata or names the block at {:#x} twice; repair it with "
                 "imgfuse check --repair all",
