@@ -1,0 +1,61 @@
+#include "format/registry.h"
+
+#include <algorithm>
+#include <array>
+
+#include "format/magic.h"
+#include "format/qcow2/qcow2.h"
+#include "format/raw/raw.h"
+
+namespace imgfuse {
+namespace {
+
+Result<std::unique_ptr<Disk>> open_raw(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
+  return raw::open(std::move(storage), {.read_only = parameters.read_only, .probed = parameters.probed});
+}
+
+Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
+  return qcow2::open(std::move(storage), {.read_only = parameters.read_only,
+                                          .metadata_cache = parameters.metadata_cache,
+                                          .open_backing = std::move(parameters.open_backing)});
+}
+
+Result<CheckReport> check_raw(Storage&, Repair, const CheckSink&) {
+  return fail(ErrorCode::unsupported, "a raw image has nothing that could be checked");
+}
+
+constexpr std::array kFormats = {
+    Format{"raw", open_raw, raw::check_create_options, raw::create, check_raw, raw::info},
+    Format{"qcow2", open_qcow2, qcow2::check_create_options, qcow2::create, qcow2::check, qcow2::info},
+};
+
+constexpr std::array<std::string_view, 14> kForeignFormats = {
+    "qcow", "qed", "fvd", "vmdk", "vhdx", "vpc", "vhd", "vdi", "luks", "parallels", "bochs", "cloop", "dmg", "vvfat"};
+
+const Format* find(std::string_view name) {
+  for (const Format& format : kFormats)
+    if (format.name == name) return &format;
+  return nullptr;
+}
+
+}  // namespace
+
+Result<const Format*> format_by_name(std::string_view name) {
+  if (const Format* format = find(name)) return format;
+  if (std::find(kForeignFormats.begin(), kForeignFormats.end(), name) != kForeignFormats.end())
+    return fail(ErrorCode::unsupported, "format {} is not implemented; raw and qcow2 are", name);
+  return fail(ErrorCode::invalid, "format {:?} is not known; raw and qcow2 are", name);
+}
+
+Result<const Format*> probe_format(Storage& storage) {
+  std::array<std::byte, kMagicBytes> first;
+  IMG_TRY(storage.read(HostOffset(0), first));
+  const std::optional<std::string_view> name = magic_format(first);
+  if (!name) return find("raw");
+  if (const Format* format = find(*name)) return format;
+  return fail(ErrorCode::unsupported,
+              "it looks like a {0} image, which is not implemented; to treat it as a raw disk, add --format raw",
+              *name);
+}
+
+}  // namespace imgfuse

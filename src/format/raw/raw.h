@@ -1,8 +1,9 @@
-// The raw format: guest bytes are host bytes.
+// The raw format: guest bytes are host bytes. The driver's doors.
 #pragma once
 
 #include <memory>
 
+#include "imgfuse/check.h"
 #include "imgfuse/create.h"
 #include "imgfuse/disk.h"
 #include "imgfuse/storage.h"
@@ -15,7 +16,15 @@ struct OpenParameters {
   bool probed = false;
 };
 
+/// The disk is exactly as long as the storage, also where that is no multiple of 512.
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters);
+
+/// Checks the options before any file exists: what only qcow2 can do is refused.
+Result<> check_create_options(const CreateOptions& options);
+/// Gives an empty storage its size and, as preallocation asks, its space.
 Result<> create(Storage& storage, const CreateOptions& options);
+
+/// `filename` and `actual_size` are the caller's.
+Result<ImageInfo> info(Storage& storage);
 
 }  // namespace imgfuse::raw
