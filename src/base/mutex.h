@@ -1,7 +1,9 @@
-// Mutexes that clang's -Wthread-safety understands. The ranks that order them stand in src/README.md.
+// Mutexes that clang's -Wthread-safety understands, and that know their place in the order of locks.
 #pragma once
 
+#include <cassert>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <shared_mutex>
 
@@ -27,25 +29,61 @@
 
 namespace imgfuse {
 
-class CAPABILITY("mutex") Mutex {
+/// Locks are taken in increasing rank only (src/README.md, "Locks").
+enum class LockRank : uint8_t { tables, search, metadata, cache, leaf };
+
+/// Which ranks the calling thread holds. Checked wherever asserts are compiled in; costs a few thread-local counts.
+class HeldRanks {
  public:
-  void lock() ACQUIRE() { mutex_.lock(); }
-  void unlock() RELEASE() { mutex_.unlock(); }
+  static void take(LockRank rank) {
+    assert(highest_held() < level(rank) || rank == LockRank::leaf);
+    ++counts_[static_cast<unsigned>(rank)];
+  }
+  static void drop(LockRank rank) { --counts_[static_cast<unsigned>(rank)]; }
+  /// Nothing is held that must not be held during I/O.
+  static bool may_block() { return highest_held() < level(LockRank::metadata); }
 
  private:
-  std::mutex mutex_;
+  static unsigned level(LockRank rank) { return 1 + static_cast<unsigned>(rank); }
+  static unsigned highest_held() {
+    for (unsigned rank = kRanks; rank > 0; --rank)
+      if (counts_[rank - 1] > 0) return rank;
+    return 0;
+  }
+
+  static constexpr unsigned kRanks = 1 + static_cast<unsigned>(LockRank::leaf);
+  static inline thread_local uint8_t counts_[kRanks] = {};
 };
 
-class CAPABILITY("mutex") SharedMutex {
+template <class Native>
+class CAPABILITY("mutex") RankedMutex {
  public:
-  void lock() ACQUIRE() { mutex_.lock(); }
-  void unlock() RELEASE() { mutex_.unlock(); }
-  void lock_shared() ACQUIRE_SHARED() { mutex_.lock_shared(); }
-  void unlock_shared() RELEASE_SHARED() { mutex_.unlock_shared(); }
+  explicit RankedMutex(LockRank rank = LockRank::leaf) : rank_(rank) {}
+
+  void lock() ACQUIRE() {
+    HeldRanks::take(rank_);
+    mutex_.lock();
+  }
+  void unlock() RELEASE() {
+    mutex_.unlock();
+    HeldRanks::drop(rank_);
+  }
+  void lock_shared() ACQUIRE_SHARED() {
+    HeldRanks::take(rank_);
+    mutex_.lock_shared();
+  }
+  void unlock_shared() RELEASE_SHARED() {
+    mutex_.unlock_shared();
+    HeldRanks::drop(rank_);
+  }
 
  private:
-  std::shared_mutex mutex_;
+  Native mutex_;
+  const LockRank rank_;
 };
+
+using Mutex = RankedMutex<std::mutex>;
+using SharedMutex = RankedMutex<std::shared_mutex>;
 
 /// Holds a mutex for a scope; may be dropped and taken again inside it, and waited on with ConditionVariable.
 template <class M>

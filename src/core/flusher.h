@@ -10,7 +10,7 @@
 
 namespace imgfuse {
 
-/// Runs one flush cycle at a time (rank 3, held across I/O).
+/// Runs one flush cycle at a time (rank 4).
 ///
 ///   cut        the client freezes what is dirty              short, no I/O
 ///   stage 0    what must be durable before anything points at it
@@ -35,8 +35,8 @@ class Flusher {
   Flusher(Storage& storage, Client& client, unsigned stages, Latch& latch)
       : storage_(storage), client_(client), stages_(stages), latch_(latch) {}
 
-  /// Everything that was changed before the call is durable when it returns. Blocks. Any thread, holding no lock of
-  /// rank 3 or above.
+  /// Everything that was changed before the call is durable when it returns. Blocks. Any thread, holding no lock
+  /// of rank 5 or above.
   Result<> flush() EXCLUDES(mutex_);
 
   uint64_t cycles() const EXCLUDES(mutex_);

@@ -29,7 +29,7 @@ namespace imgfuse {
 /// may be exceeded while everything is pinned or dirty, and the cache shrinks back afterwards.
 ///
 /// Two locks protect a table. The *content* belongs to the owner's metadata lock: read it with that lock shared, edit()
-/// and freeze() with it exclusive. Everything else belongs to the cache's own mutex (rank 5), which is never held
+/// and freeze() with it exclusive. Everything else belongs to the cache's own mutex (rank 6), which is never held
 /// during I/O. pin() may block and must be called without the metadata lock.
 class TableCache {
   struct Table;
@@ -134,7 +134,7 @@ class TableCache {
   const size_t max_tables_;
   std::function<void()> make_room_;
 
-  mutable Mutex mutex_;
+  mutable Mutex mutex_{LockRank::cache};
   ConditionVariable loaded_;
   std::unordered_map<uint64_t, Table*> by_offset_ GUARDED_BY(mutex_);
   List idle_ GUARDED_BY(mutex_);  // clean and unpinned, least recently used first

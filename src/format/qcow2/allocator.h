@@ -50,7 +50,7 @@ struct FreedClusters {
 /// First fit from the lowest cluster that may be free. A count is raised in memory before its cluster is used. It is
 /// lowered only by release(), when the un-mapping is durable (I5): until then freed clusters wait in quarantine.
 ///
-/// Any thread may call. reserve() runs one search at a time (rank 2, held across the I/O that loads or makes a
+/// Any thread may call. reserve() runs one search at a time (rank 3, held across the I/O that loads or makes a
 /// refcount block).
 class Allocator {
  public:
@@ -91,7 +91,7 @@ class Allocator {
   Refcounts& refcounts_;
   Latch& latch_;
 
-  Mutex search_;
+  Mutex search_{LockRank::search};
   uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
   uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);

@@ -92,7 +92,7 @@ class KnownMetadata {
   std::vector<uint64_t> clusters_;  // sorted; grows mostly at its end
 };
 
-/// The shared state. `mutex` (rank 4) guards the content of all cached tables, `known`, and what Map, Refcounts and
+/// The shared state. `mutex` (rank 5) guards the content of all cached tables, `known`, and what Map, Refcounts and
 /// Allocator keep in memory; it is never held during I/O.
 struct Image {
   Image(Storage& image_storage, const Header& header, uint64_t metadata_cache)
@@ -101,7 +101,7 @@ struct Image {
   Storage& storage;
   const Geometry geometry;
   TableCache tables;
-  SharedMutex mutex;
+  SharedMutex mutex{LockRank::metadata};
   KnownMetadata known GUARDED_BY(mutex);
 };
 

@@ -86,7 +86,7 @@ class Map {
   Image& image_;
   Allocator& allocator_;
 
-  Mutex tables_;  // rank 2, before the allocator's: one L2 table is made at a time; held across I/O
+  Mutex tables_{LockRank::tables};  // one L2 table is made at a time; held across I/O
   HostOffset l1_offset_ GUARDED_BY(image_.mutex);
   std::vector<uint64_t> l1_ GUARDED_BY(image_.mutex);
   std::vector<uint64_t> dirty_l1_ GUARDED_BY(image_.mutex);  // indexes
