@@ -1,0 +1,73 @@
+// Growing the virtual disk.
+#include <algorithm>
+#include <limits>
+
+#include "base/endian.h"
+#include "core/pieces.h"
+#include "format/qcow2/qcow2_disk.h"
+
+namespace imgfuse::qcow2 {
+
+Result<> Qcow2Disk::do_resize(uint64_t size) {
+  const Geometry& g = image_.geometry;
+  const uint64_t old_size = do_size();
+  if (size % 512 != 0) return fail(ErrorCode::invalid, "size {} is not a multiple of 512", size);
+  if (size > max_virtual_size(g.cluster_bits))
+    return fail(ErrorCode::invalid, "size {} is past the largest disk of this cluster size, {}", size,
+                max_virtual_size(g.cluster_bits));
+  const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
+  IMG_TRY(latch_.check());
+  if (size == old_size) return {};
+  if (size < old_size)
+    return fail(ErrorCode::unsupported, "shrinking from {} to {} bytes is not supported", old_size, size);
+  if (header_.version < 3 && header_.snapshot_count > 0)
+    return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
+  if (map_.has_tables_from(GuestOffset(old_size)))
+    return fail(ErrorCode::unsupported, "the image holds a saved virtual machine state behind the disk's end");
+
+  if (const uint64_t needed = divide_up(size, g.l2_coverage); needed > map_.l1_entries()) IMG_TRY(grow_l1(needed));
+  // What lies behind the old end, old content of the last cluster or a longer backing file, must read as zeros.
+  const uint64_t table_end = round_up(old_size, g.l2_coverage);
+  const uint64_t dirty_end = round_up(std::min(size, std::max(table_end, backing_size_)), g.cluster_size);
+  if (dirty_end > old_size) IMG_TRY(zero_range({GuestOffset(old_size), dirty_end - old_size}, Zeroing::may_free));
+  IMG_TRY(flusher_.flush());
+  return write_size(size);
+}
+
+/// New table, counts and content durable, then the header switches, then the old one is freed (I7).
+Result<> Qcow2Disk::grow_l1(uint64_t entries) {
+  const Geometry& g = image_.geometry;
+  IMG_LET(std::vector<Reservation> table, allocator_.reserve_contiguous(g.clusters_for(entries * 8)));
+  const HostOffset offset = table.front().host();
+  IMG_TRY(storage_->write(offset, map_.encode_l1(entries)));
+  IMG_TRY(flusher_.flush());
+
+  struct {
+    be<uint32_t> entries;
+    be<uint64_t> offset;
+  } field{static_cast<uint32_t>(entries), offset.bytes()};
+  Result<> switched = storage_->write(kSizeField + 12, std::as_bytes(std::span(&field, 1)));
+  if (switched) switched = storage_->flush();
+  if (!switched) {
+    latch_.set(switched.error());  // either table may be the durable one
+    for (Reservation& part : table) part.commit();
+    return switched;
+  }
+  map_.adopt_l1(offset, entries);
+  for (Reservation& part : table) part.commit();
+  return {};
+}
+
+Result<> Qcow2Disk::write_size(uint64_t size) {
+  const be<uint64_t> field(size);
+  Result<> written = storage_->write(kSizeField, std::as_bytes(std::span(&field, 1)));
+  if (written) written = storage_->flush();
+  if (!written) {
+    latch_.set(written.error());
+    return written;
+  }
+  size_ = size;
+  return {};
+}
+
+}  // namespace imgfuse::qcow2
