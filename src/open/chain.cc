@@ -1,0 +1,113 @@
+#include "open/chain.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace imgfuse {
+namespace {
+
+constexpr uint64_t kSmallestCache = uint64_t{1} << 20;
+
+LockRole lock_role(const OpenOptions& options, bool writable) {
+  if (writable) return LockRole::writer;
+  return options.force_share ? LockRole::none : LockRole::reader;
+}
+
+Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOptions& options) {
+  IMG_LET(const Layer top, open_top(path, options, !options.read_only));
+  IMG_LET(Chain chain, Chain::below(path, options));
+  chain.add_top(top);
+  return chain.open_disk(top, options.read_only);
+}
+
+}  // namespace
+
+Result<Layer> open_top(const std::string& path, const OpenOptions& options, bool writable) {
+  if (options.force_share && writable)
+    return fail(ErrorCode::invalid, "--force-share is for reading only; add --read-only");
+  Layer layer{.path = path};
+  if (options.format) {
+    IMG_LET(layer.format, format_by_name(*options.format));
+  }
+  IMG_LET(
+      layer.storage,
+      FileStorage::open(path, {.writable = writable, .cache = options.cache, .lock = lock_role(options, writable)}));
+  if (!layer.format) {
+    IMG_LET(layer.format, probe_format(*layer.storage));
+    layer.probed = true;
+  }
+  return layer;
+}
+
+Result<Chain> Chain::below(const std::string& path, const OpenOptions& options) {
+  IMG_LET(PathPolicy policy, PathPolicy::create(path, options.allowed_directories));
+  return Chain(std::move(policy), options);
+}
+
+bool Chain::contains(FileId file) const { return std::find(files_.begin(), files_.end(), file) != files_.end(); }
+
+/// Never probed: the first bytes of a raw backing file are the guest's to choose.
+Result<const Format*> Chain::recorded_format(const std::optional<std::string>& format) const {
+  if (format) return format_by_name(*format);
+  if (options_.backing_format) return format_by_name(*options_.backing_format);
+  return fail(ErrorCode::invalid,
+              "the image that names it does not record its format; give it with --backing-format raw or qcow2");
+}
+
+Result<Layer> Chain::open_named(const std::string& naming_path, const std::string& name,
+                                const std::optional<std::string>& format) {
+  if (files_.size() > kMaxChainDepth)
+    return fail(ErrorCode::unsupported, "the chain has more than {} backing files", kMaxChainDepth);
+  Layer layer{.path = resolve_name(naming_path, name)};
+  IMG_LET(layer.format, recorded_format(format));
+  IMG_LET(UniqueFd fd, policy_.open(name, naming_path));
+
+  IMG_LET(const FileId file, file_id(fd.get()));
+  if (contains(file))
+    return fail(ErrorCode::corrupt, "it is in the chain already: the images name each other in a circle");
+  files_.push_back(file);
+  IMG_LET(layer.storage,
+          FileStorage::adopt(std::move(fd), layer.path, {.cache = options_.cache, .lock = lock_role(options_, false)}));
+  return layer;
+}
+
+/// Half as much for each layer down, so that a long chain takes little more than twice the top's.
+uint64_t Chain::metadata_cache() const {
+  const size_t depth = std::min<size_t>(files_.empty() ? 0 : files_.size() - 1, 63);
+  return std::max(options_.metadata_cache >> depth, std::min(kSmallestCache, options_.metadata_cache));
+}
+
+Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_only) {
+  FormatOpenParameters parameters{.read_only = read_only, .probed = layer.probed, .metadata_cache = metadata_cache()};
+  parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
+    return open_backing(layer.path, name, format);
+  };
+  return layer.format->open(layer.storage, std::move(parameters));
+}
+
+/// Only the file that is at fault is named, not the two hundred above it.
+Error Chain::locate(Error error, const std::string& path) {
+  if (std::exchange(located_, true)) return error;
+  return error.during("backing file {}", printable(path));
+}
+
+Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path, const std::string& name,
+                                                  const std::optional<std::string>& format) {
+  const std::string path = resolve_name(naming_path, name);
+  auto layer = open_named(naming_path, name, format);
+  if (!layer) return fail(locate(layer.error(), path));
+  auto disk = open_disk(*layer, true);
+  if (!disk) return fail(locate(disk.error(), path));
+  return disk;
+}
+
+Result<std::unique_ptr<Disk>> open_disk(const std::string& path, const OpenOptions& options) {
+  auto disk = open_whole(path, options);
+  if (!disk) return fail(disk.error().during("open {}", path));
+  if (options.cache == CacheMode::writethrough || options.cache == CacheMode::directsync) (*disk)->set_write_through();
+  return disk;
+}
+
+}  // namespace imgfuse

@@ -1,0 +1,167 @@
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <limits>
+
+#include "base/math.h"
+#include "imgfuse/check.h"
+#include "imgfuse/create.h"
+#include "open/chain.h"
+
+namespace imgfuse {
+namespace {
+
+constexpr uint64_t kSector = 512;
+
+Result<ImageInfo> layer_info(const Layer& layer) {
+  IMG_LET(ImageInfo info, layer.format->info(*layer.storage));
+  info.filename = layer.path;
+  IMG_LET(info.actual_size, layer.storage->allocated());
+  if (info.backing_filename) info.full_backing_filename = resolve_name(layer.path, *info.backing_filename);
+  return info;
+}
+
+Result<std::vector<ImageInfo>> walk_chain(const std::string& path, const OpenOptions& options) {
+  IMG_LET(Layer layer, open_top(path, options, false));
+  IMG_LET(Chain chain, Chain::below(path, options));
+  chain.add_top(layer);
+  std::vector<ImageInfo> infos;
+  for (;;) {
+    IMG_LET(ImageInfo info, layer_info(layer));
+    infos.push_back(std::move(info));
+    const ImageInfo& top = infos.back();
+    if (!top.backing_filename) return infos;
+    auto next = chain.open_named(layer.path, *top.backing_filename, top.backing_format);
+    if (!next) return fail(next.error().during("backing file {}", printable(*top.full_backing_filename)));
+    layer = std::move(*next);
+  }
+}
+
+Result<CheckReport> check_layer(const std::string& path, const OpenOptions& options, Repair repair,
+                                const CheckSink& sink) {
+  IMG_LET(const Layer layer, open_top(path, options, repair != Repair::none));
+  IMG_LET(const CheckReport report, layer.format->check(*layer.storage, repair, sink));
+  IMG_TRY(layer.storage->flush());
+  return report;
+}
+
+/// The file an image is to be made in, locked. A file that was not there before is removed again unless kept.
+class NewFile {
+ public:
+  static Result<NewFile> open(const std::string& path);
+  NewFile(NewFile&&) = default;
+  NewFile& operator=(NewFile&&) = delete;
+  ~NewFile() {
+    if (storage_ && created_) unlink(path_.c_str());
+  }
+
+  FileStorage& storage() { return *storage_; }
+  /// Makes the file and its name durable.
+  Result<> keep();
+
+ private:
+  NewFile(std::string path, std::shared_ptr<FileStorage> storage, bool created)
+      : path_(std::move(path)), storage_(std::move(storage)), created_(created) {}
+
+  std::string path_;
+  std::shared_ptr<FileStorage> storage_;
+  bool created_;
+};
+
+Result<NewFile> NewFile::open(const std::string& path) {
+  const int flags = O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+  UniqueFd fd(::open(path.c_str(), flags | O_CREAT | O_EXCL, 0644));
+  const bool created = bool(fd);
+  if (!created && errno == EEXIST) fd = UniqueFd(::open(path.c_str(), flags));
+  if (!fd) return fail(host_error(errno));
+  auto storage = FileStorage::adopt(std::move(fd), path, {.writable = true, .lock = LockRole::writer});
+  if (!storage) {
+    if (created) unlink(path.c_str());
+    return fail(storage.error());
+  }
+  return NewFile(path, std::move(*storage), created);
+}
+
+Result<> NewFile::keep() {
+  IMG_TRY(storage_->flush());
+  const std::filesystem::path directory = std::filesystem::path(path_).parent_path();
+  const UniqueFd fd(::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd || (fsync(fd.get()) != 0 && errno != EINVAL)) return fail(host_error(errno, "flush its directory"));
+  created_ = false;
+  return {};
+}
+
+/// What is at `path` may be replaced: nothing, or a regular file that is not part of the new image's own chain.
+Result<> check_target(const std::string& path, const Chain& chain) {
+  struct stat status {};
+  if (stat(path.c_str(), &status) != 0) {
+    if (errno == ENOENT) return {};
+    return fail(host_error(errno));
+  }
+  if (!S_ISREG(status.st_mode)) return fail(ErrorCode::invalid, "it exists and is not a regular file");
+  if (chain.contains({status.st_dev, status.st_ino}))
+    return fail(ErrorCode::invalid, "it is its own backing file, or one below that");
+  return {};
+}
+
+Result<> create_checked(const std::string& path, CreateOptions options) {
+  IMG_LET(const Format* format, format_by_name(options.format));
+  if (options.backing_file && !options.backing_format)
+    return fail(ErrorCode::invalid, "a backing file needs its format, raw or qcow2: add --backing-format");
+  IMG_LET(Chain chain, Chain::below(path, {.allowed_directories = options.allowed_directories}));
+
+  // The backing chain stays open, and so locked, until the new image stands.
+  std::unique_ptr<Disk> backing;
+  if (options.backing_file) {
+    IMG_LET(backing, chain.open_backing(path, *options.backing_file, options.backing_format));
+    if (!options.size) options.size = backing->size();
+  }
+  if (!options.size)
+    return fail(ErrorCode::invalid, "a size is needed, since there is no backing file to take it from");
+  if (*options.size > uint64_t{std::numeric_limits<int64_t>::max()} - kSector)
+    return fail(ErrorCode::invalid, "size {} is too large", *options.size);
+  options.size = round_up(*options.size, kSector);
+  IMG_TRY(format->check_create_options(options));
+  IMG_TRY(check_target(path, chain));
+
+  IMG_LET(NewFile file, NewFile::open(path));
+  IMG_TRY(file.storage().resize(0));
+  IMG_TRY(format->create(file.storage(), options));
+  IMG_TRY(file.keep());
+  return backing ? backing->close() : Result<>{};
+}
+
+template <class T>
+Result<T> named(Result<T> result, const char* verb, const std::string& path) {
+  if (!result) return fail(result.error().during("{} {}", verb, path));
+  return result;
+}
+
+Result<ImageInfo> top_info(const std::string& path, const OpenOptions& options) {
+  IMG_LET(const Layer layer, open_top(path, options, false));
+  return layer_info(layer);
+}
+
+}  // namespace
+
+Result<> create_image(const std::string& path, const CreateOptions& options) {
+  return named(create_checked(path, options), "create", path);
+}
+
+Result<CheckReport> check_image(const std::string& path, const OpenOptions& options, Repair repair,
+                                const CheckSink& sink) {
+  return named(check_layer(path, options, repair, sink), "check", path);
+}
+
+Result<ImageInfo> image_info(const std::string& path, const OpenOptions& options) {
+  return named(top_info(path, options), "open", path);
+}
+
+Result<std::vector<ImageInfo>> chain_info(const std::string& path, const OpenOptions& options) {
+  return named(walk_chain(path, options), "open", path);
+}
+
+}  // namespace imgfuse

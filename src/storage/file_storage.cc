@@ -73,10 +73,10 @@ Result<std::shared_ptr<FileStorage>> FileStorage::adopt(UniqueFd fd, std::string
   int unit = 1;
   if (S_ISBLK(status.st_mode) && ioctl(fd.get(), BLKSSZGET, &unit) != 0) unit = 4096;
 
+  IMG_LET(const FileId id, file_id(fd.get()));
   StorageInfo info{std::move(name), options.writable, S_ISREG(status.st_mode)};
-  std::shared_ptr<FileStorage> storage(new FileStorage(std::move(fd), std::move(info), {status.st_dev, status.st_ino},
-                                                       options.cache, static_cast<uint64_t>(end),
-                                                       static_cast<uint32_t>(unit)));
+  std::shared_ptr<FileStorage> storage(new FileStorage(std::move(fd), std::move(info), id, options.cache,
+                                                       static_cast<uint64_t>(end), static_cast<uint32_t>(unit)));
   if (options.cache == CacheMode::none || options.cache == CacheMode::directsync) {
     IMG_LET(const DirectAlignment alignment, DirectIo::enable(storage->file_));
     storage->direct_.emplace(storage->file_, alignment, storage->blocks_);

@@ -1,6 +1,7 @@
 #include "storage/host_file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 
 #include <algorithm>
@@ -88,6 +89,13 @@ class PartCursor {
 Error host_error(int error_number) { return Error(code_of(error_number), words(error_number)); }
 
 Error host_error(int error_number, std::string_view action) { return host_error(error_number).during("{}", action); }
+
+Result<FileId> file_id(int fd) {
+  struct stat status {};
+  if (fstat(fd, &status) != 0) return fail(host_error(errno));
+  if (S_ISBLK(status.st_mode)) return FileId{status.st_rdev, 0};
+  return FileId{status.st_dev, status.st_ino};
+}
 
 Error HostFile::error(int error_number, std::string_view verb, HostRange range) const {
   return host_error(error_number, fmt::format("{} {:#x}+{:#x} of {}", verb, range.begin.bytes(), range.length, name_));

@@ -26,6 +26,9 @@ struct FileId {
   auto operator<=>(const FileId&) const = default;
 };
 
+/// A block device is known by its number, whichever node led to it.
+Result<FileId> file_id(int fd);
+
 /// System calls made so far.
 struct FileCounts {
   uint64_t reads = 0;

@@ -1,0 +1,60 @@
+// Image files and the chains they name, opened one layer at a time.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "format/registry.h"
+#include "imgfuse/open.h"
+#include "open/path_policy.h"
+#include "storage/file_storage.h"
+
+namespace imgfuse {
+
+/// One image: its file is open and locked, its format known, nothing of it looked at.
+struct Layer {
+  std::string path;  ///< as the user or the naming image means it
+  std::shared_ptr<FileStorage> storage;
+  const Format* format = nullptr;
+  bool probed = false;
+};
+
+/// Opens the image that the user named; its format is the option's or probed.
+Result<Layer> open_top(const std::string& path, const OpenOptions& options, bool writable);
+
+/// Opens what images name, downwards from a top image, under the path policy. Knows which files are in the chain
+/// already, so that it neither runs in circles nor without end. One thread; it must outlive the opening of the disks,
+/// not the disks.
+class Chain {
+ public:
+  /// `path` is the top image, whether it is open, or not yet there.
+  static Result<Chain> below(const std::string& path, const OpenOptions& options);
+
+  void add_top(const Layer& layer) { files_.push_back(layer.storage->id()); }
+  bool contains(FileId file) const;
+
+  /// Opens the file that the image at `naming_path` names, read-only.
+  Result<Layer> open_named(const std::string& naming_path, const std::string& name,
+                           const std::optional<std::string>& format);
+  /// Makes a disk of a layer, with everything below it.
+  Result<std::unique_ptr<Disk>> open_disk(const Layer& layer, bool read_only);
+  /// Both in one.
+  Result<std::unique_ptr<Disk>> open_backing(const std::string& naming_path, const std::string& name,
+                                             const std::optional<std::string>& format);
+
+ private:
+  Chain(PathPolicy policy, const OpenOptions& options) : policy_(std::move(policy)), options_(options) {}
+
+  Result<const Format*> recorded_format(const std::optional<std::string>& format) const;
+  uint64_t metadata_cache() const;
+  Error locate(Error error, const std::string& path);
+
+  PathPolicy policy_;
+  OpenOptions options_;
+  std::vector<FileId> files_;  // top first
+  bool located_ = false;       // an error has been told apart by its file
+};
+
+}  // namespace imgfuse
