@@ -1,0 +1,262 @@
+"""What was acknowledged survives: the death of the daemon, and a full host file system."""
+import errno
+import os
+import random
+import threading
+import time
+import unittest
+
+from harness import MiB, ImageCase, attempt, by_scale, run
+
+BLOCK = 4096
+
+
+def block_content(number, version):
+    """One block that says which one it is; version 0 is what was there at first."""
+    if version == 0:
+        return bytes(BLOCK)
+    return (b'%07d/%07d ' % (number, version) * (BLOCK // 16))[:BLOCK]
+
+
+class History:
+    """Which versions each block may have: the last one known to be durable, and all that were written after it."""
+
+    def __init__(self):
+        self.possible = {}
+        self.version = 0
+
+    def writing(self, number):
+        self.version += 1
+        self.possible.setdefault(number, [0]).append(self.version)
+        return block_content(number, self.version)
+
+    def cut(self):
+        """What an fsync that starts now makes durable."""
+        return {number: versions[-1] for number, versions in self.possible.items()}
+
+    def durable(self, cut):
+        for number, version in cut.items():
+            versions = self.possible[number]
+            del versions[:versions.index(version)]
+
+
+class Writer(threading.Thread):
+    """Writes its share of the blocks at random and fsyncs now and then, until the disk fails."""
+
+    def __init__(self, disk, rng, history, first, count, stride):
+        super().__init__(daemon=True)
+        self.disk, self.random, self.history = disk, rng, history
+        self.first, self.count, self.stride = first, count, stride
+        self.syncs = 0
+
+    def run(self):
+        fd = os.open(self.disk, os.O_RDWR)
+        try:
+            while True:
+                for _ in range(self.random.randrange(1, 40)):
+                    number = self.first + self.random.randrange(self.count) * self.stride
+                    os.pwrite(fd, self.history.writing(number), number * BLOCK)
+                cut = self.history.cut()
+                os.fsync(fd)
+                self.history.durable(cut)
+                self.syncs += 1
+        except OSError:  # the daemon is dead
+            pass
+        finally:
+            close_quietly(fd)
+
+
+def close_quietly(fd):
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+
+
+class FailureCase(ImageCase):
+    def verify(self, disk, histories):
+        """Every sector of every block is of one version that the block may have."""
+        fd = os.open(disk, os.O_RDONLY)
+        try:
+            for history in histories:
+                for number, versions in history.possible.items():
+                    data = os.pread(fd, BLOCK, number * BLOCK)
+                    for begin in range(0, BLOCK, 512):
+                        sector = data[begin:begin + 512]
+                        if not any(sector == block_content(number, v)[begin:begin + 512] for v in versions):
+                            self.fail('block %d, sector %d: %r is none of the versions %s' % (
+                                number, begin // 512, sector[:32], versions))
+        finally:
+            os.close(fd)
+
+
+class Kill(FailureCase):
+    rounds = by_scale(1, 3, 30)
+
+    def kill_under_load(self, image, *options, blocks=2000, stride=5, consistent=True):
+        histories = []
+        for _ in range(self.rounds):
+            mount = self.mount(image, *options)
+            self.verify(mount.disk, histories)
+            histories = histories or [History() for _ in range(4)]
+            writers = [Writer(mount.disk, random.Random(self.random.random()), history, share * blocks * stride, blocks,
+                              stride) for share, history in enumerate(histories)]
+            for writer in writers:
+                writer.start()
+            time.sleep(0.3 + 1.2 * self.random.random())
+            mount.kill()
+            for writer in writers:
+                writer.join(30)
+                self.assertFalse(writer.is_alive(), 'a request hangs after the death of the daemon')
+            mount.bury()
+            self.assertTrue(any(writer.syncs for writer in writers), 'no fsync came through')
+
+            if consistent and image.suffix == '.qcow2':
+                self.assert_no_corruption(image)
+            reading = self.mount(image, '-r', *options)
+            self.verify(reading.disk, histories)
+            reading.unmount()
+        last = self.mount(image, *options)
+        self.verify(last.disk, histories)
+        last.unmount()
+        if image.suffix == '.qcow2':
+            self.assert_no_corruption(image)
+
+    def test_a_new_image(self):
+        self.kill_under_load(self.qcow2('disk.qcow2', '512M'))
+
+    def test_small_clusters(self):
+        self.kill_under_load(self.qcow2('disk.qcow2', '512M', '-o', 'cluster_size=4k'))
+
+    def test_an_overlay(self):
+        self.raw('base.raw', 512 * MiB)
+        image = self.path('overlay.qcow2')
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'base.raw', '-F', 'raw', image)
+        self.kill_under_load(image)
+
+    def test_one_bit_refcounts_and_overwrites(self):
+        image = self.qcow2('disk.qcow2', '512M', '-o', 'refcount_bits=1')
+        self.kill_under_load(image, blocks=100)
+
+    def test_an_image_with_snapshots(self):
+        image = self.qcow2('disk.qcow2', '512M')
+        run('qemu-img', 'snapshot', '-c', 'one', image)
+        self.kill_under_load(image)
+
+    def test_writeback_cache(self):
+        self.kill_under_load(self.qcow2('disk.qcow2', '512M'), '-o', 'writeback_cache')
+
+    def test_lazy_refcounts_are_repaired_on_the_next_open(self):
+        image = self.qcow2('disk.qcow2', '512M', '-o', 'lazy_refcounts=on')
+        self.kill_under_load(image, consistent=False)
+        self.assert_clean(image)
+
+    def test_raw(self):
+        self.kill_under_load(self.raw('disk.img', 512 * MiB), '--format', 'raw')
+
+
+class FullHost(FailureCase):
+    """The image lies on a small file system."""
+
+    def make(self, kind, megabytes, image_size='1G', *options):
+        small = self.path('small')
+        small.mkdir()
+        if kind == 'tmpfs':
+            run('mount', '-t', 'tmpfs', '-o', 'size=%dM' % megabytes, 'tmpfs', small)
+        else:
+            disk = self.raw('host.img', megabytes * MiB)
+            run('mkfs.ext4', '-q', '-F', '-m', '0', disk)
+            run('mount', '-o', 'loop', disk, small)
+        self.ballast = small / 'ballast'
+        self.ballast.write_bytes(os.urandom(6 * MiB))
+        image = small / 'disk.qcow2'
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', *options, image, image_size)
+        return image
+
+    def fill(self, mount, stride):
+        """Writes block after block with an fsync every 16, until the host is full."""
+        history, error = History(), None
+        fd = mount.open()
+        try:
+            for n in range(100000):
+                number = n * stride
+                os.pwrite(fd, history.writing(number), number * BLOCK)
+                if n % 16 == 15:
+                    cut = history.cut()
+                    os.fsync(fd)
+                    history.durable(cut)
+        except OSError as failure:
+            error = failure
+        finally:
+            close_quietly(fd)
+        self.assertIsNotNone(error, 'the host never filled up')
+        self.assertEqual(error.errno, errno.ENOSPC)
+        return history
+
+    def full_host(self, kind, *options, stride=1):
+        image = self.make(kind, 24, '1G', *options)
+        mount = self.mount(image)
+        history = self.fill(mount, stride)
+        self.verify(mount.disk, [history])
+
+        self.ballast.unlink()
+        latched = not self.goes_on(mount, history)
+        status = attempt('umount', mount.point)
+        self.assertEqual(status.status, 0, status)
+        mount.wait_gone()
+        self.assert_no_corruption(image)
+
+        mount = self.mount(image)
+        self.verify(mount.disk, [history])
+        self.assertTrue(self.goes_on(mount, history), 'no write after reopening')
+        self.verify(mount.disk, [history])
+        mount.unmount()
+        self.assert_no_corruption(image)
+        return latched
+
+    def goes_on(self, mount, history):
+        """Whether writes and fsync work; either all of them, or none is acknowledged."""
+        fd = mount.open()
+        try:
+            for number in range(50, 90):
+                os.pwrite(fd, history.writing(number), number * BLOCK)
+            cut = history.cut()
+            os.fsync(fd)
+            history.durable(cut)
+            return True
+        except OSError as error:
+            self.assertIn(error.errno, (errno.ENOSPC, errno.EIO))
+            return False
+        finally:
+            close_quietly(fd)
+
+    def test_tmpfs(self):
+        self.full_host('tmpfs')
+
+    def test_ext4(self):
+        self.full_host('ext4')
+
+    def test_when_every_write_needs_a_new_table(self):
+        self.full_host('tmpfs', '-o', 'cluster_size=4k', stride=513)
+
+    def test_a_write_that_finds_no_space_does_not_latch_the_disk(self):
+        image = self.make('tmpfs', 24)
+        mount = self.mount(image)
+        fd = mount.open()
+        os.pwrite(fd, b'a' * MiB, 0)
+        os.fsync(fd)
+        with self.assertRaises(OSError) as full:
+            for n in range(1, 100):
+                os.pwrite(fd, b'b' * MiB, n * MiB)
+        self.assertEqual(full.exception.errno, errno.ENOSPC)
+        self.ballast.unlink()
+        os.pwrite(fd, b'c' * MiB, 100 * MiB)
+        os.fsync(fd)
+        self.assertEqual(os.pread(fd, MiB, 100 * MiB), b'c' * MiB)
+        os.close(fd)
+        mount.unmount()
+        self.assert_no_corruption(image)
+
+
+if __name__ == '__main__':
+    unittest.main()
