@@ -1,0 +1,50 @@
+#include "support/builders.h"
+
+#include "format/raw/raw.h"
+
+namespace imgfuse::test {
+
+MemImage make_qcow2(const Qcow2Spec& spec) {
+  CreateOptions options;
+  options.size = spec.size;
+  options.cluster_size = spec.cluster_size;
+  options.refcount_bits = spec.refcount_bits;
+  options.version = spec.version;
+  options.backing_file = spec.backing;
+  if (spec.backing) options.backing_format = "raw";
+  MemStorage storage;
+  must(qcow2::create(storage, options));
+  return storage.image();
+}
+
+std::unique_ptr<Disk> make_raw_disk(MemImage content) {
+  return must(raw::open(std::make_shared<MemStorage>(std::move(content), false), {.read_only = true}));
+}
+
+Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
+  qcow2::OpenParameters parameters;
+  parameters.read_only = spec.read_only;
+  parameters.metadata_cache = spec.metadata_cache;
+  parameters.open_backing = [backing = spec.backing](const std::string&, const std::optional<std::string>&) {
+    return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
+  };
+  return qcow2::open(std::move(storage), std::move(parameters));
+}
+
+CheckReport check_image(const MemImage& image) {
+  MemStorage storage(image);
+  std::string findings;
+  const CheckReport report = must(qcow2::check(storage, Repair::none, [&](const std::string& finding) {
+    if (findings.size() < 2000) findings += finding + "\n";
+  }));
+  if (report.corruptions > 0 || report.check_errors > 0) MESSAGE("qcow2::check: " << findings);
+  return report;
+}
+
+std::vector<std::byte> read_all(Disk& disk, GuestOffset offset, size_t length) {
+  std::vector<std::byte> bytes(length);
+  must(disk.read(offset, bytes));
+  return bytes;
+}
+
+}  // namespace imgfuse::test

@@ -1,0 +1,44 @@
+// Images and disks for tests, in one line each.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "format/qcow2/qcow2.h"
+#include "support/mem_storage.h"
+#include "support/must.h"
+#include "support/random.h"
+
+namespace imgfuse::test {
+
+struct Qcow2Spec {
+  uint64_t size = 64_MiB;
+  uint32_t cluster_size = 65536;
+  uint32_t refcount_bits = 16;
+  uint32_t version = 3;
+  std::optional<std::string> backing;  ///< name of a raw backing file
+};
+
+/// A fresh qcow2 image.
+MemImage make_qcow2(const Qcow2Spec& spec);
+
+/// A read-only raw disk.
+std::unique_ptr<Disk> make_raw_disk(MemImage content);
+
+struct OpenSpec {
+  bool read_only = false;
+  uint64_t metadata_cache = 1_MiB;
+  MemImage backing;  ///< what every backing file reads as
+};
+
+/// qcow2::open with a raw backing disk.
+Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
+
+/// qcow2::check without repair. The findings are part of the messages of a failed test.
+CheckReport check_image(const MemImage& image);
+
+std::vector<std::byte> read_all(Disk& disk, GuestOffset offset, size_t length);
+
+}  // namespace imgfuse::test
