@@ -1,0 +1,77 @@
+// ModelDisk: what a guest disk may read as, sector by sector.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "imgfuse/disk.h"
+#include "support/mem_storage.h"
+#include "support/random.h"
+
+namespace imgfuse::test {
+
+/// The oracle of random tests. It holds a few windows of the guest disk as flat bytes, and for each of their sectors
+/// the versions that a crash may bring back: the last flushed one and all that came later. Not thread-safe.
+class ModelDisk {
+ public:
+  static constexpr uint64_t kSector = 512;
+
+  /// Windows: sector aligned, without overlap. `initial` is what the disk reads as, durably.
+  ModelDisk(uint64_t disk_size, std::vector<GuestRange> windows, const MemImage& initial);
+
+  uint64_t disk_size() const { return disk_size_; }
+  const std::vector<GuestRange>& windows() const { return windows_; }
+  void grow(uint64_t disk_size) { disk_size_ = disk_size; }
+
+  /// Call it before the disk is asked, so that a crash in the middle knows the new version. The range lies in one
+  /// window.
+  void write(GuestOffset offset, ConstBytes data);
+  void zero(GuestRange range);
+  /// A flush was acknowledged that was asked for after all changes so far.
+  void flushed();
+
+  /// What is wrong with the first sector that reads as none of its versions; empty: all is well.
+  std::string compare(Disk& disk) const;
+  /// As compare() against the newest version only: for a disk that has not crashed.
+  std::string compare_exactly(Disk& disk) const;
+  /// Takes over what the disk reads as, which must be one of the versions: after a crash or a failed request.
+  std::string settle(Disk& disk);
+
+ private:
+  struct Sector {
+    std::vector<uint64_t> versions;  // hashes, oldest first; the last is the current one
+  };
+  struct Window {
+    GuestRange range;
+    std::vector<std::byte> content;  // the newest version
+    std::vector<Sector> sectors;
+  };
+  template <class Accept>
+  std::string find_wrong(Disk& disk, Accept accept) const;
+  Window& window_at(GuestRange range);
+  void add_versions(Window& window, uint64_t begin, uint64_t end);
+
+  uint64_t disk_size_;
+  std::vector<GuestRange> windows_;
+  std::vector<Window> content_;
+  std::vector<std::pair<uint32_t, uint32_t>> unflushed_;  // window, sector: those with more than one version
+};
+
+/// How often each kind of request comes, and how large.
+struct Workload {
+  uint64_t cluster_size = 65536;
+  bool zeroing = true;
+  bool discards = true;
+  bool populate = true;
+  unsigned flush_one_in = 6;
+};
+
+/// Makes one random request of `disk` and of `model` alike: allocating, overwriting, partial and overlapping writes,
+/// zeroing in both modes, discards, flushes. Returns the disk's result, with the request in `what`.
+Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, Rng& rng, std::string& what);
+
+/// Windows that make metadata work: at the start, around the borders of L2 tables, and at the end of the disk.
+std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, uint64_t clusters_per_window);
+
+}  // namespace imgfuse::test
