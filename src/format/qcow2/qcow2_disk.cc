@@ -6,6 +6,7 @@
 
 #include "base/buffer.h"
 #include "base/endian.h"
+#include "base/log.h"
 #include "core/codec.h"
 
 namespace imgfuse::qcow2 {
@@ -261,7 +262,15 @@ Result<> Qcow2Disk::do_close() {
 // ---- Doors
 
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters) {
-  IMG_LET(Header header, read_header(*storage, parameters.read_only ? Purpose::read : Purpose::write));
+  IMG_LET(Header header, read_header(*storage, Purpose::read));
+  if (!parameters.read_only && (header.incompatible & kCorrupt)) {
+    log_warning("{} is marked as corrupt and opened read-only; repair it with imgfuse check --repair all",
+                storage->info().name);
+    parameters.read_only = true;
+  }
+  if (!parameters.read_only) {
+    IMG_LET(header, read_header(*storage, Purpose::write));
+  }
   if (!parameters.read_only && (header.incompatible & kDirty)) {
     IMG_LET(const CheckReport report, check(*storage, Repair::all, [](const std::string&) {}));
     if (report.corruptions > 0 || report.check_errors > 0)
