@@ -16,11 +16,6 @@ namespace {
 constexpr uint64_t kKnownIncompatible = kDirty | kCorrupt | kDataFile | kCompressionType | kExtendedL2;
 constexpr uint32_t kMinClusterBits = 9;
 constexpr uint32_t kMaxClusterBits = 21;
-constexpr uint64_t kMaxL1Bytes = uint64_t{32} << 20;
-constexpr uint64_t kMaxRefcountTableBytes = uint64_t{8} << 20;
-constexpr uint32_t kMaxSnapshots = 65536;
-constexpr size_t kMaxBackingName = 1023;
-constexpr size_t kMaxBackingFormat = 15;
 constexpr uint64_t kTableEndLimit = uint64_t{1} << 63;
 
 template <class T>
@@ -174,7 +169,7 @@ Result<> check_tables(const Header& header, Purpose purpose) {
                 kMaxSnapshots);
   IMG_TRY(check_table(header, "snapshot table", 64, header.snapshots_offset, 0));
 
-  if (l1_bytes(header) > kMaxL1Bytes)
+  if (header.l1_entries > kMaxL1Entries)
     return fail(ErrorCode::corrupt, "L1 table of {} entries (header byte 36) is larger than 32 MiB", header.l1_entries);
   IMG_TRY(check_table(header, "L1 table", 40, header.l1_offset, l1_bytes(header)));
   if (header.l1_entries != 0 && header.l1_offset == HostOffset(0))
@@ -405,7 +400,7 @@ Result<std::vector<std::byte>> encode_header(const Header& header) {
 
 uint64_t max_virtual_size(uint32_t cluster_bits) {
   const uint64_t l2_coverage = uint64_t{1} << (2 * cluster_bits - 3);
-  return kMaxL1Bytes / 8 * l2_coverage;
+  return kMaxL1Entries * l2_coverage;
 }
 
 }  // namespace imgfuse::qcow2

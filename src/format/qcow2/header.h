@@ -68,6 +68,13 @@ inline constexpr HostOffset kSizeField{24};           // size 8, crypt 4, L1 ent
 inline constexpr HostOffset kRefcountTableField{48};  // offset 8, clusters 4
 inline constexpr HostOffset kIncompatibleField{72};   // v3 only: incompatible 8, compatible 8, autoclear 8
 
+/// Limits on what an image may ask for (section 25).
+inline constexpr uint64_t kMaxL1Entries = uint64_t{4} << 20;
+inline constexpr uint64_t kMaxRefcountTableBytes = uint64_t{8} << 20;
+inline constexpr uint32_t kMaxSnapshots = 65536;
+inline constexpr size_t kMaxBackingName = 1023;
+inline constexpr size_t kMaxBackingFormat = 15;
+
 /// What the image is wanted for: some images open for reading or repair only.
 enum class Purpose { info, read, write, repair };
 

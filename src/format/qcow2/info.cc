@@ -1,0 +1,32 @@
+#include "format/qcow2/header.h"
+#include "format/qcow2/qcow2.h"
+#include "format/qcow2/snapshot_table.h"
+
+namespace imgfuse::qcow2 {
+
+Result<ImageInfo> info(Storage& storage) {
+  IMG_LET(Header header, read_header(storage, Purpose::info));
+  IMG_LET(SnapshotTable table, read_snapshot_table(storage, header));
+
+  Qcow2Info own;
+  own.compat = header.version == 2 ? "0.10" : "1.1";
+  own.compression_type = header.compression == Compression::zstd ? "zstd" : "zlib";
+  own.refcount_bits = 1u << header.refcount_order;
+  own.lazy_refcounts = (header.compatible & kLazyRefcounts) != 0;
+  own.corrupt = (header.incompatible & kCorrupt) != 0;
+  own.extended_l2 = (header.incompatible & kExtendedL2) != 0;
+
+  ImageInfo image;
+  image.format = "qcow2";
+  image.virtual_size = header.size;
+  image.cluster_size = static_cast<uint32_t>(header.cluster_size());
+  image.dirty = (header.incompatible & kDirty) != 0;
+  image.encrypted = header.crypt_method != 0;
+  image.backing_filename = std::move(header.backing_name);
+  image.backing_format = std::move(header.backing_format);
+  for (Snapshot& snapshot : table.snapshots) image.snapshots.push_back(std::move(snapshot.info));
+  image.qcow2 = std::move(own);
+  return image;
+}
+
+}  // namespace imgfuse::qcow2
