@@ -1,0 +1,107 @@
+// imgfuse check: is an image whole, and if not, repair it.
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "imgfuse/check.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+// qemu-img's exit statuses.
+constexpr int kCorruptionsLeft = 2;
+constexpr int kLeaksLeft = 3;
+constexpr int kNoCheckForFormat = 63;
+
+int status_of(const CheckReport& report) {
+  if (report.check_errors > 0) return kFailure;
+  if (report.corruptions > 0) return kCorruptionsLeft;
+  return report.leaks > 0 ? kLeaksLeft : kSuccess;
+}
+
+/// qemu-img's keys; counts that are zero are left out, as there.
+nlohmann::ordered_json to_json(const std::string& image, const std::string& format, const CheckReport& report) {
+  nlohmann::ordered_json json = {{"image-end-offset", report.image_end_offset}};
+  const auto add = [&](const char* key, uint64_t count) {
+    if (count > 0) json[key] = count;
+  };
+  add("total-clusters", report.total_clusters);
+  json["check-errors"] = report.check_errors;
+  add("corruptions", report.corruptions);
+  add("leaks", report.leaks);
+  add("corruptions-fixed", report.corruptions_fixed);
+  add("leaks-fixed", report.leaks_fixed);
+  add("allocated-clusters", report.allocated_clusters);
+  add("fragmented-clusters", report.fragmented_clusters);
+  add("compressed-clusters", report.compressed_clusters);
+  json["filename"] = image;
+  json["format"] = format;
+  return json;
+}
+
+void print(std::ostream& out, const CheckReport& report) {
+  if (report.corruptions_fixed + report.leaks_fixed > 0)
+    out << fmt::format("Repaired: {} leaked clusters, {} corruptions.\n", report.leaks_fixed, report.corruptions_fixed);
+  if (report.clean()) {
+    out << "No errors were found on the image.\n";
+  } else {
+    if (report.corruptions > 0)
+      out << fmt::format(
+          "{} corruptions: data may be wrong, and writing may make it worse. --repair all may mend them.\n",
+          report.corruptions);
+    if (report.leaks > 0)
+      out << fmt::format("{} leaked clusters: space is wasted, no data is harmed. --repair leaks returns them.\n",
+                         report.leaks);
+    if (report.check_errors > 0) out << fmt::format("{} errors while checking.\n", report.check_errors);
+  }
+  if (report.total_clusters > 0)
+    out << fmt::format(
+        "{} of {} clusters allocated ({:.1f}%), {} fragmented, {} compressed\n", report.allocated_clusters,
+        report.total_clusters,
+        100.0 * static_cast<double>(report.allocated_clusters) / static_cast<double>(report.total_clusters),
+        report.fragmented_clusters, report.compressed_clusters);
+  out << fmt::format("Image end offset: {}\n", report.image_end_offset);
+}
+
+}  // namespace
+
+int run_check(Io& io, Arguments args) {
+  std::string image;
+  OpenOptions options{.read_only = true};
+  std::string repair_word;
+  bool json = false;
+  CLI::App app(
+      "Checks an image and, if asked to, repairs it. Exit status: 0 whole or repaired, 1 could not be checked, "
+      "2 corruptions, 3 leaks only, 63 the format has no check.",
+      "imgfuse check");
+  app.add_option("IMAGE", image)->required();
+  app.add_option("-r,--repair", repair_word, "Repair leaks, or all")->check(CLI::IsMember({"leaks", "all"}));
+  add_open_options(app, options);
+  add_json_option(app, json);
+  if (const auto status = parse(app, io, args)) return *status;
+
+  Repair repair = Repair::none;
+  if (repair_word == "leaks") repair = Repair::leaks;
+  if (repair_word == "all") repair = Repair::all;
+  options.read_only = repair == Repair::none;
+  const auto format = options.format
+                          ? Result<std::string>(*options.format)
+                          : image_info(image, options).map([](const ImageInfo& info) { return info.format; });
+  const auto report = check_image(image, options, repair,
+                                  [&](const std::string& finding) { (json ? io.err : io.out) << finding << "\n"; });
+  if (!report) {
+    print_error(io, image, report.error());
+    return report.error().code() == ErrorCode::unsupported ? kNoCheckForFormat : kFailure;
+  }
+  if (json) {
+    io.out << to_json(image, format.value_or("qcow2"), *report).dump(4) << "\n";
+  } else {
+    print(io.out, *report);
+  }
+  io.out << std::flush;
+  return status_of(*report);
+}
+
+}  // namespace imgfuse::tool

@@ -1,0 +1,141 @@
+// imgfuse info: what an image is. Never opens what the image names unless asked for the chain.
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "imgfuse/check.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr uint64_t kNanoseconds = 1'000'000'000;
+
+Json to_json(const SnapshotInfo& snapshot) {
+  Json json = {{"id", snapshot.id},
+               {"name", snapshot.name},
+               {"vm-state-size", snapshot.vm_state_size},
+               {"date-sec", snapshot.date_sec},
+               {"date-nsec", snapshot.date_nsec},
+               {"vm-clock-sec", snapshot.vm_clock_nsec / kNanoseconds},
+               {"vm-clock-nsec", snapshot.vm_clock_nsec % kNanoseconds}};
+  if (snapshot.icount) json["icount"] = *snapshot.icount;
+  return json;
+}
+
+Json to_json(const Qcow2Info& qcow2) {
+  Json data = {
+      {"compat", qcow2.compat}, {"compression-type", qcow2.compression_type}, {"refcount-bits", qcow2.refcount_bits}};
+  if (qcow2.compat != "0.10") {
+    data["lazy-refcounts"] = qcow2.lazy_refcounts;
+    data["corrupt"] = qcow2.corrupt;
+    data["extended-l2"] = qcow2.extended_l2;
+  }
+  return {{"type", "qcow2"}, {"data", data}};
+}
+
+/// qemu-img's keys.
+Json to_json(const ImageInfo& image) {
+  Json json = {{"virtual-size", image.virtual_size}, {"filename", image.filename}, {"format", image.format}};
+  if (image.cluster_size) json["cluster-size"] = *image.cluster_size;
+  json["actual-size"] = image.actual_size;
+  json["dirty-flag"] = image.dirty;
+  if (image.encrypted) json["encrypted"] = true;
+  if (image.backing_filename) json["backing-filename"] = *image.backing_filename;
+  if (image.full_backing_filename) json["full-backing-filename"] = *image.full_backing_filename;
+  if (image.backing_format) json["backing-filename-format"] = *image.backing_format;
+  for (const SnapshotInfo& snapshot : image.snapshots) json["snapshots"].push_back(to_json(snapshot));
+  if (image.qcow2) json["format-specific"] = to_json(*image.qcow2);
+  return json;
+}
+
+void print_snapshots(std::ostream& out, const std::vector<SnapshotInfo>& snapshots) {
+  out << "Snapshot list:\n"
+      << fmt::format("{:<8}{:<20}{:>10}  {:<21}{}\n", "ID", "TAG", "VM SIZE", "DATE", "DISK SIZE");
+  for (const SnapshotInfo& snapshot : snapshots)
+    out << fmt::format("{:<8}{:<20}{:>10}  {:%Y-%m-%d %H:%M:%S}  {}\n", snapshot.id, snapshot.name,
+                       human_size(snapshot.vm_state_size), fmt::localtime(std::time_t{snapshot.date_sec}),
+                       human_size(snapshot.disk_size));
+}
+
+void print_qcow2(std::ostream& out, const Qcow2Info& qcow2) {
+  out << "Format specific information:\n"
+      << fmt::format("    compat: {}\n    compression type: {}\n    refcount bits: {}\n", qcow2.compat,
+                     qcow2.compression_type, qcow2.refcount_bits);
+  if (qcow2.compat == "0.10") return;
+  out << fmt::format("    lazy refcounts: {}\n    corrupt: {}\n    extended l2: {}\n", qcow2.lazy_refcounts,
+                     qcow2.corrupt, qcow2.extended_l2);
+}
+
+void print(std::ostream& out, const ImageInfo& image) {
+  out << fmt::format("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n", image.filename,
+                     image.format, human_size(image.virtual_size), image.virtual_size, human_size(image.actual_size));
+  if (image.encrypted) out << "encrypted: yes\n";
+  if (image.cluster_size) out << fmt::format("cluster_size: {}\n", *image.cluster_size);
+  if (image.dirty) out << "cleanly shut down: no\n";
+  if (image.backing_filename) {
+    out << "backing file: " << *image.backing_filename;
+    if (image.full_backing_filename && *image.full_backing_filename != *image.backing_filename)
+      out << " (actual path: " << *image.full_backing_filename << ")";
+    out << "\n";
+  }
+  if (image.backing_format) out << "backing file format: " << *image.backing_format << "\n";
+  if (!image.snapshots.empty()) print_snapshots(out, image.snapshots);
+  if (image.qcow2) print_qcow2(out, *image.qcow2);
+}
+
+void print_chain(std::ostream& out, const std::vector<ImageInfo>& images, bool json) {
+  if (json) {
+    Json array = Json::array();
+    for (const ImageInfo& image : images) array.push_back(to_json(image));
+    out << array.dump(4) << "\n";
+    return;
+  }
+  for (size_t i = 0; i < images.size(); ++i) {
+    if (i > 0) out << "\n";
+    print(out, images[i]);
+  }
+}
+
+Result<> info(Io& io, const std::string& path, const OpenOptions& options, bool chain, bool json) {
+  if (chain) {
+    IMG_LET(const auto images, chain_info(path, options));
+    print_chain(io.out, images, json);
+    return {};
+  }
+  IMG_LET(const ImageInfo image, image_info(path, options));
+  if (json) {
+    io.out << to_json(image).dump(4) << "\n";
+  } else {
+    print(io.out, image);
+  }
+  return {};
+}
+
+}  // namespace
+
+int run_info(Io& io, Arguments args) {
+  std::string image;
+  OpenOptions options{.read_only = true};
+  bool chain = false;
+  bool json = false;
+  CLI::App app("Says what an image is. Opens nothing that the image names, unless asked for the chain.",
+               "imgfuse info");
+  app.add_option("IMAGE", image)->required();
+  app.add_flag("--backing-chain", chain, "The image and all its backing files, top first");
+  add_open_options(app, options);
+  add_json_option(app, json);
+  if (const auto status = parse(app, io, args)) return *status;
+  if (const auto told = info(io, image, options, chain, json); !told) {
+    print_error(io, image, told.error());
+    return kFailure;
+  }
+  io.out << std::flush;
+  return kSuccess;
+}
+
+}  // namespace imgfuse::tool
