@@ -1,8 +1,8 @@
 // New images: the layout is computed first, then everything is written once, the header last.
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <span>
+#include <string_view>
 
 #include "base/buffer.h"
 #include "base/math.h"
@@ -40,7 +40,7 @@ Extension feature_names() {
   struct Feature {
     uint8_t kind;  // 0 incompatible, 1 compatible, 2 autoclear
     uint8_t bit;
-    const char* name;
+    std::string_view name;
   };
   constexpr Feature kFeatures[] = {
       {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
@@ -52,7 +52,7 @@ Extension feature_names() {
     wire::FeatureName entry{};
     entry.kind = feature.kind;
     entry.bit = feature.bit;
-    std::strncpy(entry.name, feature.name, sizeof entry.name);
+    feature.name.copy(entry.name, sizeof entry.name);
     const auto bytes = std::as_bytes(std::span(&entry, 1));
     extension.data.insert(extension.data.end(), bytes.begin(), bytes.end());
   }
