@@ -1,6 +1,7 @@
 #include "support/mem_storage.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -145,6 +146,7 @@ Result<uint64_t> MemStorage::size() {
 }
 
 Result<> MemStorage::read(HostOffset offset, Bytes out) {
+  assert(HeldRanks::may_block());
   ++counts_.reads;
   counts_.bytes_read += out.size();
   SharedLock lock(mutex_);
@@ -153,6 +155,7 @@ Result<> MemStorage::read(HostOffset offset, Bytes out) {
 }
 
 Result<> MemStorage::write(HostOffset offset, std::span<const ConstBytes> parts) {
+  assert(HeldRanks::may_block());
   ++counts_.writes;
   ExclusiveLock lock(mutex_);
   for (const ConstBytes part : parts) {
@@ -164,6 +167,7 @@ Result<> MemStorage::write(HostOffset offset, std::span<const ConstBytes> parts)
 }
 
 Result<> MemStorage::write_zeroes(HostRange range) {
+  assert(HeldRanks::may_block());
   ++counts_.zeroes;
   ExclusiveLock lock(mutex_);
   if (range.end().bytes() > image_.size()) image_.resize(range.end().bytes());
@@ -172,6 +176,7 @@ Result<> MemStorage::write_zeroes(HostRange range) {
 }
 
 Result<> MemStorage::discard(HostRange range) {
+  assert(HeldRanks::may_block());
   ++counts_.discards;
   ExclusiveLock lock(mutex_);
   image_.zero(range.begin.bytes(), range.length);
@@ -185,6 +190,7 @@ Result<> MemStorage::allocate(HostRange range) {
 }
 
 Result<> MemStorage::flush() {
+  assert(HeldRanks::may_block());
   ++counts_.flushes;
   return {};
 }
