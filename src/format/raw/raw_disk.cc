@@ -61,7 +61,8 @@ class RawDisk final : public Disk {
 
   Latch latch_;
   RangeLock ranges_;
-  Mutex first_sector_;  // held by guarded writes across their I/O, so that two halves of a magic number cannot meet
+  // Held by guarded writes across their I/O, so that two halves of a magic number cannot meet.
+  Mutex first_sector_{LockRank::tables};
 };
 
 /// A probed raw disk must not turn into another format: the next open would see that, with a guest's choice of
