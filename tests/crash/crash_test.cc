@@ -1,0 +1,302 @@
+// Power cuts at every moment: a crashed image opens, checks clean (leaks apart), and holds everything that was flushed.
+#include <doctest/doctest.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "support/builders.h"
+#include "support/crash_storage.h"
+#include "support/model_disk.h"
+#include "support/order_storage.h"
+#include "support/qcow2_view.h"
+
+namespace imgfuse::test {
+namespace {
+
+/// What the disk starts from.
+enum class Start { empty, backing, snapshot, compressed };
+
+struct Scenario {
+  uint32_t cluster_size;
+  uint32_t refcount_bits;
+  uint32_t version;
+  Start start;
+  uint64_t weight = 1;  ///< share of the states; images of large clusters are slow
+  std::string text() const {
+    const char* starts[] = {"empty", "backing", "snapshot", "compressed"};
+    return fmt::format("cluster size {}, {} refcount bits, version {}, start {}", cluster_size, refcount_bits, version,
+                       starts[static_cast<int>(start)]);
+  }
+};
+
+/// A directory for the images that qemu-img sees.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string name = (std::filesystem::temp_directory_path() / "imgfuse-crash-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()));
+    path_ = name;
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+int run(const std::string& command) {
+  const int status = std::system((command + " >/dev/null 2>&1").c_str());
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+bool have_qemu_img() {
+  static const bool have = run("qemu-img --version") == 0;
+  return have;
+}
+
+/// The image and the content that a scenario begins with.
+struct Beginning {
+  MemImage image;
+  MemImage backing;
+  MemImage content;  ///< what the guest reads
+};
+
+uint64_t disk_size(uint32_t cluster_size) {
+  const uint64_t coverage = uint64_t{cluster_size} / 8 * cluster_size;
+  return std::min<uint64_t>(coverage * 3, 300_MiB) + cluster_size / 2;  // ends inside a cluster
+}
+
+/// Random data over the windows, in places, so that there is something to overwrite.
+MemImage random_content(uint64_t size, const std::vector<GuestRange>& windows, Rng& rng) {
+  MemImage content;
+  content.resize(size);
+  for (const GuestRange window : windows)
+    for (uint64_t at = 0; at < window.length; at += 4096)
+      if (rng.one_in(2))
+        content.write(window.begin.bytes() + at, pattern(std::min<uint64_t>(4096, window.length - at), rng.next()));
+  content.resize(size);
+  return content;
+}
+
+Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows, const TemporaryDirectory& directory,
+                Rng& rng) {
+  const uint64_t size = disk_size(scenario.cluster_size);
+  Qcow2Spec spec{size, scenario.cluster_size, scenario.refcount_bits, scenario.version, {}};
+  Beginning beginning;
+  beginning.content.resize(size);
+  const std::string image = directory / "start.qcow2";
+  switch (scenario.start) {
+    case Start::empty:
+      beginning.image = make_qcow2(spec);
+      break;
+    case Start::backing:
+      spec.backing = "backing.raw";
+      beginning.image = make_qcow2(spec);
+      beginning.content = random_content(size, windows, rng);
+      beginning.backing = beginning.content;
+      beginning.backing.resize(size - scenario.cluster_size * 3 / 2 / 512 * 512);  // shorter than the overlay
+      beginning.content = beginning.backing;
+      beginning.content.resize(size);
+      break;
+    case Start::snapshot: {
+      beginning.content = random_content(size, windows, rng);
+      auto storage = std::make_shared<MemStorage>(make_qcow2(spec));
+      auto disk = must(open_qcow2(storage));
+      for (const GuestRange window : windows) {
+        std::vector<std::byte> bytes(window.length);
+        beginning.content.read(window.begin.bytes(), bytes);
+        must(disk->write(window.begin, bytes));
+      }
+      must(disk->close());
+      storage->image().save(image);
+      REQUIRE(run("qemu-img snapshot -c first " + image) == 0);
+      beginning.image = MemImage::load(image);
+      break;
+    }
+    case Start::compressed:
+      beginning.content = random_content(size, windows, rng);
+      beginning.content.save(directory / "start.raw");
+      REQUIRE(run(fmt::format("qemu-img convert -c -f raw -O qcow2 -o cluster_size={},refcount_bits={},compat={} {} {}",
+                              scenario.cluster_size, scenario.refcount_bits, scenario.version == 2 ? "0.10" : "1.1",
+                              directory / "start.raw", image)) == 0);
+      beginning.image = MemImage::load(image);
+      break;
+  }
+  return beginning;
+}
+
+/// One scenario's run: makes requests, and looks at crashed images whenever the storage changes.
+class CrashRun {
+ public:
+  CrashRun(const Scenario& scenario, const TemporaryDirectory& directory, uint64_t seed)
+      : scenario_(scenario), directory_(directory), seed_(seed), rng_(seed) {
+    workload_.cluster_size = scenario.cluster_size;
+  }
+
+  /// Returns the number of states looked at.
+  uint64_t go(uint64_t states) {
+    const uint64_t size = disk_size(scenario_.cluster_size);
+    const uint64_t clusters = scenario_.cluster_size <= 4096 ? 40 : scenario_.cluster_size <= 65536 ? 6 : 2;
+    const std::vector<GuestRange> windows = windows_for(size, scenario_.cluster_size, clusters);
+    const Beginning beginning = begin(scenario_, windows, directory_, rng_);
+    backing_ = beginning.backing;
+    backing_.save(directory_ / "backing.raw");
+    ModelDisk model(size, windows, beginning.content);
+    limit_ = states;
+    live(beginning.image, model, ~uint64_t{0}, 0);
+    return states_;
+  }
+
+ private:
+  /// Works on `image` until enough states were seen, or `requests` were made.
+  void live(const MemImage& image, ModelDisk& model, uint64_t requests, int depth) {
+    auto storage = std::make_shared<CrashStorage>(image);
+    auto ordered = std::make_shared<OrderStorage>(storage, image);
+    storage->set_observer([&] {
+      if (failed_ || states_ >= limit_) return;
+      const CrashMode modes[] = {CrashMode::all, kCrashModes[rng_.below(std::size(kCrashModes))]};
+      if (storage->pending() == 0) return look(storage->crash(0), model, depth);
+      if (storage->pending() <= 3 && rng_.one_in(4)) {
+        for (uint64_t chosen = 0; chosen < uint64_t{1} << storage->pending(); ++chosen)
+          look(storage->crash(chosen), model, depth);
+        return;
+      }
+      for (const CrashMode mode : modes) look(storage->crash(mode, rng_), model, depth);
+    });
+    auto disk = must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = backing_}));
+    for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
+      Result<> result = random_request(*disk, model, workload_, rng_, request_);
+      require(result.has_value(), result ? "" : result.error().text());
+    }
+    request_ = "close";
+    must(disk->close());
+    model.flushed();
+    storage->set_observer({});
+    if (!failed_) require_equal(model, storage->image());
+  }
+
+  /// One crashed image: it must check clean but for leaks, open for writing, and read as the model allows.
+  void look(const MemImage& crashed, const ModelDisk& model, int depth) {
+    if (failed_) return;
+    ++states_;
+    const std::optional<Qcow2View> view = Qcow2View::parse(crashed);
+    require(view.has_value(), "no qcow2 image is left");
+    if (failed_) return save(crashed);
+    require(view->find_corruption().empty(), view->find_corruption());
+    if (!failed_ && states_ % kOwnCheckEvery == 0) {
+      const CheckReport report = check_image(crashed);
+      require(report.corruptions == 0 && report.check_errors == 0, "qcow2::check finds corruptions");
+    }
+    if (!failed_) {
+      auto disk = open_qcow2(std::make_shared<MemStorage>(crashed), {.metadata_cache = 64_KiB, .backing = backing_});
+      require(disk.has_value(), disk ? "" : disk.error().text());
+      if (!disk) return save(crashed);
+      const std::string wrong = model.compare(**disk);
+      must((*disk)->close());
+      require(wrong.empty(), wrong);
+    }
+    if (failed_) return save(crashed);
+    if (states_ % kQemuEvery == 0 && have_qemu_img()) confirm(crashed);
+    if (depth == 0 && rng_.one_in(10)) live_again(crashed, model);
+  }
+
+  /// Goes on with a crashed image for a few requests, with crashes.
+  void live_again(const MemImage& crashed, const ModelDisk& model) {
+    ModelDisk survivor = model;
+    {
+      auto disk = must(open_qcow2(std::make_shared<MemStorage>(crashed), {.read_only = true, .backing = backing_}));
+      const std::string wrong = survivor.settle(*disk);
+      require(wrong.empty(), wrong);
+    }
+    const std::string before = request_;
+    live(crashed, survivor, 3, 1);
+    request_ = before;
+  }
+
+  void confirm(const MemImage& crashed) {
+    const std::string path = directory_ / "crashed.qcow2";
+    crashed.save(path);
+    const int status = run("qemu-img check -q -f qcow2 " + path);
+    require(status == 0 || status == 3, fmt::format("qemu-img check ends with {}", status));
+    ++confirmed;
+  }
+
+  void require_equal(const ModelDisk& model, const MemImage& image) {
+    auto disk = must(open_qcow2(std::make_shared<MemStorage>(image), {.read_only = true, .backing = backing_}));
+    const std::string wrong = model.compare_exactly(*disk);
+    require(wrong.empty(), "after close: " + wrong);
+    const CheckReport report = check_image(image);
+    require(report.corruptions == 0 && report.check_errors == 0, "after close: corruptions");
+  }
+
+  void require(bool ok, const std::string& what) {
+    if (ok || failed_) return;
+    failed_ = true;
+    FAIL_CHECK(scenario_.text() << "\n  IMG_SEED=" << seed_ << ", state " << states_ << ", during " << request_
+                                << "\n  " << what);
+  }
+
+  void save(const MemImage& crashed) const {
+    if (const char* path = std::getenv("IMG_SAVE")) crashed.save(path);
+  }
+
+  static constexpr uint64_t kOwnCheckEvery = 1;
+  static constexpr uint64_t kQemuEvery = 70;
+
+  const Scenario scenario_;
+  const TemporaryDirectory& directory_;
+  const uint64_t seed_;
+  Rng rng_;
+  Workload workload_;
+  MemImage backing_;
+  uint64_t limit_ = 0;
+  uint64_t states_ = 0;
+  bool failed_ = false;
+  std::string request_ = "open";
+
+ public:
+  uint64_t confirmed = 0;
+};
+
+std::vector<Scenario> scenarios() {
+  std::vector<Scenario> all;
+  for (const uint32_t cluster_size : {512u, 4096u, 65536u, 2097152u}) {
+    const uint64_t weight = cluster_size <= 4096 ? 4 : cluster_size <= 65536 ? 2 : 1;
+    for (const uint32_t bits : {1u, 2u, 4u, 8u, 16u, 32u, 64u})
+      for (const Start start : {Start::empty, Start::backing}) all.push_back({cluster_size, bits, 3, start, weight});
+    for (const Start start : {Start::empty, Start::backing, Start::snapshot, Start::compressed})
+      all.push_back({cluster_size, 16, 2, start, weight});
+    for (const uint32_t bits : {4u, 8u, 16u, 64u})
+      for (const Start start : {Start::snapshot, Start::compressed})
+        all.push_back({cluster_size, bits, 3, start, weight});
+  }
+  if (!have_qemu_img())
+    std::erase_if(all, [](const Scenario& s) { return s.start == Start::snapshot || s.start == Start::compressed; });
+  return all;
+}
+
+TEST_CASE("qcow2: after a crash at any moment everything that was flushed is there") {
+  const uint64_t wanted = from_environment("IMG_CRASH_STATES", 24000);
+  const uint64_t only = from_environment("IMG_SCENARIO", ~uint64_t{0});
+  const std::vector<Scenario> all = scenarios();
+  uint64_t weights = 0;
+  for (const Scenario& scenario : all) weights += scenario.weight;
+
+  const TemporaryDirectory directory;
+  uint64_t states = 0;
+  uint64_t confirmed = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (only != ~uint64_t{0} && only != i) continue;
+    CrashRun run(all[i], directory, base_seed() + i);
+    INFO("IMG_SCENARIO=" << i << " IMG_SEED=" << base_seed());
+    states += run.go(wanted * all[i].weight / weights + 1);
+    confirmed += run.confirmed;
+  }
+  MESSAGE(states << " crash states in " << all.size() << " scenarios, " << confirmed
+                 << " confirmed by qemu-img check, IMG_SEED=" << base_seed());
+}
+
+}  // namespace
+}  // namespace imgfuse::test

@@ -1,0 +1,307 @@
+#include "support/order_storage.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+
+#include "base/buffer.h"
+#include "base/math.h"
+
+namespace imgfuse::test {
+namespace {
+
+bool reads_zero(const MemImage& image, uint64_t offset, uint64_t length) {
+  for (uint64_t done = 0; done < length;) {
+    const StorageExtent extent = image.extent(offset + done, length - done);
+    if (extent.data) {
+      std::vector<std::byte> bytes(extent.length);
+      image.read(offset + done, bytes);
+      if (!is_zero(bytes)) return false;
+    }
+    done += extent.length;
+  }
+  return true;
+}
+
+bool before_cluster(const Reference& reference, uint64_t cluster) { return reference.cluster < cluster; }
+
+}  // namespace
+
+OrderStorage::OrderStorage(std::shared_ptr<Storage> inner, const MemImage& image, OnViolation on_violation)
+    : inner_(std::move(inner)), on_violation_(std::move(on_violation)), durable_(image), current_(image) {
+  Lock lock(mutex_);
+  start_epoch();
+}
+
+void OrderStorage::violation(const std::string& text) const {
+  if (on_violation_) return on_violation_(text);
+  std::fprintf(stderr, "write order: %s\n", text.c_str());
+  std::abort();
+}
+
+void OrderStorage::apply(const Change& change, MemImage& image) {
+  if (change.is_write) {
+    image.write(change.offset, change.data);
+  } else {
+    image.zero(change.offset, change.length);
+  }
+}
+
+// ---- The calls
+
+template <class Call>
+Result<> OrderStorage::make(Change change, bool discards, Call call) {
+  Changes::iterator pending;
+  {
+    Lock lock(mutex_);
+    change.number = ++last_number_;
+    pending_.push_back(std::move(change));
+    pending = std::prev(pending_.end());
+    if (view_) check_targets(*pending, discards);
+    apply(*pending, current_);
+    if (view_) {
+      note_fills(*pending);
+      if (touches_metadata(*pending)) check_metadata(*pending);
+    }
+  }
+  Result<> result = call();
+  Lock lock(mutex_);
+  pending->returned = true;
+  if (!result) give_up(pending);
+  return result;
+}
+
+Result<> OrderStorage::write(HostOffset offset, std::span<const ConstBytes> parts) {
+  Change change{0, offset.bytes(), 0, true, {}};
+  for (const ConstBytes part : parts) change.data.insert(change.data.end(), part.begin(), part.end());
+  change.length = change.data.size();
+  return make(std::move(change), false, [&] { return inner_->write(offset, parts); });
+}
+
+Result<> OrderStorage::write_zeroes(HostRange range) {
+  return make({0, range.begin.bytes(), range.length, false, {}}, false, [&] { return inner_->write_zeroes(range); });
+}
+
+Result<> OrderStorage::discard(HostRange range) {
+  return make({0, range.begin.bytes(), range.length, false, {}}, true, [&] { return inner_->discard(range); });
+}
+
+Result<> OrderStorage::flush() {
+  std::set<uint64_t> covered;  // other flushes may run at the same time
+  {
+    Lock lock(mutex_);
+    for (const Change& change : pending_)
+      if (change.returned) covered.insert(change.number);
+  }
+  IMG_TRY(inner_->flush());
+  Lock lock(mutex_);
+  for (auto change = pending_.begin(); change != pending_.end();) {
+    if (covered.contains(change->number)) {
+      apply(*change, durable_);
+      change = pending_.erase(change);
+    } else {
+      ++change;
+    }
+  }
+  for (auto& [cluster, fill] : fills_)
+    if (covered.contains(fill.change)) fill.change = 0;
+  start_epoch();
+  return {};
+}
+
+/// The call failed: some of it may have been written. Whatever the storage reads as now counts as written.
+void OrderStorage::give_up(Changes::iterator change) {
+  change->is_write = true;
+  change->data.resize(change->length);
+  (void)inner_->read(HostOffset(change->offset), change->data);
+  apply(*change, current_);
+  std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
+  if (view_ && touches_metadata(*change)) view_ = Qcow2View::parse(current_);
+}
+
+// ---- What is possible
+
+/// Only two views are left after a flush: what is durable, and what was written meanwhile.
+void OrderStorage::start_epoch() {
+  const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
+  view_ = Qcow2View::parse(current_);
+  if (!durable || durable->is_dirty() || !view_ || view_->is_dirty()) view_.reset();
+  possible_.clear();
+  least_.clear();
+  switched_.clear();
+  if (!view_) return fills_.clear();
+  std::set_union(durable->references().begin(), durable->references().end(), view_->references().begin(),
+                 view_->references().end(), std::back_inserter(possible_));
+  for (const Reference& reference : possible_)
+    least_[reference.cluster] = std::min(durable->count(reference.cluster), view_->count(reference.cluster));
+  std::erase_if(fills_,
+                [&](const auto& fill) REQUIRES(mutex_) { return fill.second.shown && !shows_content(fill.first); });
+}
+
+template <class F>
+void OrderStorage::for_each_possible(uint64_t cluster, F f) const {
+  for (auto at = std::lower_bound(possible_.begin(), possible_.end(), cluster, before_cluster);
+       at != possible_.end() && at->cluster == cluster; ++at)
+    f(*at);
+}
+
+bool OrderStorage::shows_content(uint64_t cluster) const {
+  bool shown = false;
+  for_each_possible(cluster, [&](const Reference& reference) { shown |= reference.content; });
+  return shown;
+}
+
+// ---- Changes of single clusters (I4)
+
+void OrderStorage::check_targets(const Change& change, bool discards) {
+  if (change.length == 0) return;
+  const uint64_t size = view_->cluster_size();
+  const auto still_there = [&](const Reference& reference) REQUIRES(mutex_) {
+    Reference other = reference;
+    other.content = !reference.content;  // a zero cluster may come to show its content, and the reverse
+    const std::vector<Reference>& current = view_->references();
+    return std::binary_search(current.begin(), current.end(), reference) ||
+           std::binary_search(current.begin(), current.end(), other);
+  };
+  for (uint64_t cluster = change.offset / size; cluster <= (change.offset + change.length - 1) / size; ++cluster)
+    for_each_possible(cluster, [&](const Reference& reference) {
+      const auto say = [&](const char* what) {
+        violation(fmt::format("I4: {} cluster {} ({:#x}+{:#x}), which {}: {}", discards ? "discard of" : "write to",
+                              cluster, change.offset, change.length, what, reference.owner.text()));
+      };
+      if (discards) return say("is in use");
+      if (reference.owner.snapshot != 0) return say("belongs to a snapshot");
+      if (!still_there(reference)) say("was unmapped, but not durably");
+    });
+}
+
+/// Remembers the first change that leaves nothing of a cluster's former content, from when nobody could see it.
+void OrderStorage::note_fills(const Change& change) {
+  if (change.length == 0) return;
+  const uint64_t size = view_->cluster_size();
+  const uint64_t end = change.offset + change.length;
+  for (uint64_t cluster = change.offset / size; cluster <= (end - 1) / size; ++cluster) {
+    if (shows_content(cluster) || fills_.contains(cluster)) continue;
+    const uint64_t from = std::max(change.offset, cluster * size);
+    const uint64_t to = std::min(end, (cluster + 1) * size);
+    if (reads_zero(current_, cluster * size, from - cluster * size) &&
+        reads_zero(current_, to, (cluster + 1) * size - to))
+      fills_[cluster].change = change.number;
+  }
+}
+
+// ---- Changes of metadata
+
+bool OrderStorage::touches_metadata(const Change& change) const {
+  if (change.length == 0) return false;
+  const uint64_t size = view_->cluster_size();
+  const std::vector<Reference>& current = view_->references();
+  for (auto at = std::lower_bound(current.begin(), current.end(), change.offset / size, before_cluster);
+       at != current.end() && at->cluster * size < change.offset + change.length; ++at)
+    if (at->owner.is_metadata()) return true;
+  return false;
+}
+
+void OrderStorage::check_metadata(const Change& change) {
+  std::optional<Qcow2View> next = Qcow2View::parse(current_);
+  if (!next || next->is_dirty()) {
+    view_.reset();  // asleep until the next flush
+    return;
+  }
+  for (const std::string& problem : next->problems()) violation("malformed: " + problem);
+  view_ = std::move(next);
+  check_refcount_table(change);
+
+  std::vector<Reference> fresh;
+  std::set_difference(view_->references().begin(), view_->references().end(), possible_.begin(), possible_.end(),
+                      std::back_inserter(fresh));
+  for (const Reference& reference : fresh)
+    if (reference.content) check_shown(reference);
+
+  const size_t old_size = possible_.size();
+  possible_.insert(possible_.end(), fresh.begin(), fresh.end());
+  std::inplace_merge(possible_.begin(), possible_.begin() + static_cast<ptrdiff_t>(old_size), possible_.end());
+  for (const Reference& reference : fresh)
+    if (!least_.contains(reference.cluster)) {
+      const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
+      for (const Reference& each : fresh) least_.try_emplace(each.cluster, durable->count(each.cluster));
+      break;
+    }
+  check_counts();
+}
+
+/// I1 and I5 in one: no mixture of what may be there has more references than counts.
+void OrderStorage::check_counts() {
+  for (auto first = possible_.begin(); first != possible_.end();) {
+    uint64_t owners = 0;
+    auto next = first;
+    for (; next != possible_.end() && next->cluster == first->cluster; ++next)
+      owners += next == first || next->owner != std::prev(next)->owner;
+    uint64_t& least = least_[first->cluster];
+    const uint64_t stored = view_->count(first->cluster);
+    const bool lowered = stored < least;
+    least = std::min(least, stored);
+    uint64_t allowed = least;
+    if (const auto switched = switched_.find(first->cluster); switched != switched_.end())
+      allowed = std::max(allowed, std::min(stored, switched->second));
+    if (owners > allowed)
+      violation(fmt::format("{}: cluster {} may have {} references ({}{}) with a durable count of {}",
+                            lowered ? "I5" : "I1", first->cluster, owners, first->owner.text(),
+                            owners > 1 ? ", " + std::prev(next)->owner.text() : "", allowed));
+    first = next;
+  }
+}
+
+/// I2, I3, I6: what a new pointer shows was written since the cluster was last seen, and flushed.
+void OrderStorage::check_shown(const Reference& reference) {
+  bool seen = false;
+  bool kept = false;  // by the same owner, as a zero cluster
+  for_each_possible(reference.cluster, [&](const Reference& other) {
+    seen |= other.content;
+    kept |= other.owner == reference.owner;
+  });
+  const auto fill = fills_.find(reference.cluster);
+  if (fill != fills_.end()) {
+    if (fill->second.change && !seen)
+      violation(fmt::format("{}: {} points at cluster {}, whose content is not flushed",
+                            reference.owner.is_metadata() ? "I3" : "I2", reference.owner.text(), reference.cluster));
+    fill->second.shown = true;
+    return;
+  }
+  const uint64_t size = view_->cluster_size();
+  const bool zeros =
+      reads_zero(durable_, reference.cluster * size, size) && reads_zero(current_, reference.cluster * size, size);
+  if (!seen && !kept && !zeros)
+    violation(fmt::format("I4: {} points at cluster {}, which still holds what it held before it was freed",
+                          reference.owner.text(), reference.cluster));
+}
+
+/// I6. A new refcount block describes itself, so its count becomes durable with the very sector that points at it.
+void OrderStorage::check_refcount_table(const Change& change) {
+  const bool in_header = change.offset < 512;
+  const uint64_t table = view_->refcount_table();
+  const bool in_table = change.offset < table + view_->refcount_table_bytes() && table < change.offset + change.length;
+  if (!in_header && !in_table) return;
+  for (uint64_t sector = round_down(change.offset, 512); sector < change.offset + change.length; sector += 512) {
+    MemImage mixed = durable_;
+    std::byte bytes[512];
+    current_.read(sector, bytes);
+    mixed.write(sector, bytes);
+    const std::optional<Qcow2View> view = Qcow2View::parse(mixed);
+    if (!view) continue;
+    for (const Reference& reference : view->references()) {
+      const Owner::Kind kind = reference.owner.kind;
+      if (kind != Owner::Kind::refcount_block && kind != Owner::Kind::refcount_table) continue;
+      const uint64_t count = view->count(reference.cluster);
+      if (count == 0)
+        violation(fmt::format("I6: {} at cluster {} may be reached without a count of its own", reference.owner.text(),
+                              reference.cluster));
+      switched_[reference.cluster] = count;
+    }
+  }
+}
+
+}  // namespace imgfuse::test

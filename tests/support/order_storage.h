@@ -1,0 +1,99 @@
+// OrderStorage: watches a qcow2 driver write, and stops it at the first write that a crash could turn into damage.
+#pragma once
+
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "base/mutex.h"
+#include "support/mem_storage.h"
+#include "support/qcow2_view.h"
+
+namespace imgfuse::test {
+
+/// Passes every call on. It keeps two views of the image, the durable one and the one with everything that was written,
+/// and takes every mixture of them for possible. At each change it asserts:
+///
+///   I1  whatever is pointed at, in any mixture, has a durable count at least as high as its references
+///   I2  a data cluster is written and flushed before an entry that shows it is written
+///   I3  an L2 (or L1) table's first content is flushed before the pointer to it is written
+///   I4  no cluster is written, discarded or linked for a new purpose while a possible pointer still uses it for
+///       another; clusters shared with a snapshot are not written at all
+///   I5  a count is lowered only after the un-mapping is durable
+///   I6  a refcount block is flushed, and counted by what is durable or is switched with it, before its table entry
+///
+/// Asleep while the image is no clean qcow2 image (being created or repaired). Thread-safe.
+class OrderStorage final : public Storage {
+ public:
+  /// Told what is wrong, in the thread whose call was wrong. By default it prints and aborts.
+  using OnViolation = std::function<void(const std::string&)>;
+
+  /// `image`: what `inner` holds.
+  OrderStorage(std::shared_ptr<Storage> inner, const MemImage& image, OnViolation on_violation = {});
+  explicit OrderStorage(const std::shared_ptr<MemStorage>& inner) : OrderStorage(inner, inner->image()) {}
+
+  const StorageInfo& info() const override { return inner_->info(); }
+  Result<uint64_t> size() override { return inner_->size(); }
+  Result<> read(HostOffset offset, Bytes out) override { return inner_->read(offset, out); }
+  using Storage::write;
+  Result<> write(HostOffset offset, std::span<const ConstBytes> parts) override;
+  Result<> write_zeroes(HostRange range) override;
+  Result<> discard(HostRange range) override;
+  Result<> allocate(HostRange range) override { return inner_->allocate(range); }
+  Result<> flush() override;
+  Result<> resize(uint64_t size) override { return inner_->resize(size); }
+  Result<StorageExtent> extent(HostRange range) override { return inner_->extent(range); }
+  Result<uint64_t> allocated() override { return inner_->allocated(); }
+
+ private:
+  struct Change {
+    uint64_t number = 0;
+    uint64_t offset = 0;
+    uint64_t length = 0;
+    bool is_write = true;         // otherwise zeros
+    std::vector<std::byte> data;  // (write)
+    bool returned = false;
+  };
+  using Changes = std::list<Change>;
+  /// The first change that filled a cluster since nobody could see what it holds.
+  struct Fill {
+    uint64_t change = 0;  // its number; 0: durable
+    bool shown = false;   // something points at the cluster
+  };
+
+  template <class Call>
+  Result<> make(Change change, bool discards, Call call);
+  static void apply(const Change& change, MemImage& image);
+  void check_targets(const Change& change, bool discards) REQUIRES(mutex_);
+  void note_fills(const Change& change) REQUIRES(mutex_);
+  bool touches_metadata(const Change& change) const REQUIRES(mutex_);
+  void check_metadata(const Change& change) REQUIRES(mutex_);
+  void check_refcount_table(const Change& change) REQUIRES(mutex_);
+  void check_counts() REQUIRES(mutex_);
+  void check_shown(const Reference& reference) REQUIRES(mutex_);
+  void give_up(Changes::iterator change) REQUIRES(mutex_);
+  void start_epoch() REQUIRES(mutex_);
+  bool shows_content(uint64_t cluster) const REQUIRES(mutex_);
+  template <class F>
+  void for_each_possible(uint64_t cluster, F f) const REQUIRES(mutex_);
+  void violation(const std::string& text) const;
+
+  const std::shared_ptr<Storage> inner_;
+  const OnViolation on_violation_;
+
+  Mutex mutex_;
+  uint64_t last_number_ GUARDED_BY(mutex_) = 0;
+  MemImage durable_ GUARDED_BY(mutex_);
+  MemImage current_ GUARDED_BY(mutex_);
+  Changes pending_ GUARDED_BY(mutex_);                     // not durable for sure, in the order of their calls
+  std::optional<Qcow2View> view_ GUARDED_BY(mutex_);       // of current_; empty: asleep
+  std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
+  std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
+  std::map<uint64_t, uint64_t> switched_ GUARDED_BY(mutex_);  // counts that become durable with the pointer to them
+  std::map<uint64_t, Fill> fills_ GUARDED_BY(mutex_);         // by cluster
+};
+
+}  // namespace imgfuse::test

@@ -1,0 +1,176 @@
+#include "support/qcow2_view.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/endian.h"
+#include "base/math.h"
+
+namespace imgfuse::test {
+namespace {
+
+constexpr uint64_t kAddress = 0x00fffffffffffe00;
+constexpr uint64_t kCopiedFlag = uint64_t{1} << 63;
+constexpr uint64_t kCompressedFlag = uint64_t{1} << 62;
+
+template <class T>
+T load(const MemImage& image, uint64_t offset) {
+  be<T> value;
+  image.read(offset, std::as_writable_bytes(std::span(&value, 1)));
+  return value;
+}
+
+/// Calls `f(index, entry)` for the big-endian words of a table that are not zero. Skips holes.
+template <class F>
+void for_each_entry(const MemImage& image, uint64_t offset, uint64_t entries, F f) {
+  be<uint64_t> words[64];
+  for (uint64_t done = 0; done < entries * 8;) {
+    const StorageExtent extent = image.extent(offset + done, entries * 8 - done);
+    for (uint64_t at = done; extent.data && at < done + extent.length; at += sizeof words) {
+      image.read(offset + at, std::as_writable_bytes(std::span(words)));
+      for (uint64_t i = 0; i < 64 && at / 8 + i < entries; ++i)
+        if (const uint64_t word = words[i]; word != 0) f(at / 8 + i, word);
+    }
+    done += round_up(extent.length, sizeof words);
+  }
+}
+
+}  // namespace
+
+std::string Owner::text() const {
+  const char* names[] = {"header",         "refcount table", "refcount block", "L1 table",
+                         "snapshot table", "L2 table",       "guest cluster"};
+  std::string text = fmt::format("{} {}", names[static_cast<int>(kind)], index);
+  if (snapshot) text += fmt::format(" of snapshot {}", snapshot);
+  return text;
+}
+
+std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
+  if (load<uint32_t>(image, 0) != 0x514649fb) return std::nullopt;
+  Qcow2View view;
+  view.version_ = load<uint32_t>(image, 4);
+  view.cluster_bits_ = load<uint32_t>(image, 20);
+  if (view.version_ < 2 || view.version_ > 3 || view.cluster_bits_ < 9 || view.cluster_bits_ > 21) return std::nullopt;
+  const uint64_t features = view.version_ == 3 ? load<uint64_t>(image, 72) : 0;
+  if (features & 16) return std::nullopt;
+  view.dirty_ = (features & 3) != 0;
+  view.refcount_bits_ = 1u << (view.version_ == 3 ? load<uint32_t>(image, 96) : 4);
+  view.refcount_table_ = load<uint64_t>(image, 48);
+  view.refcount_table_bytes_ = uint64_t{load<uint32_t>(image, 56)} << view.cluster_bits_;
+
+  view.references_.push_back({0, {}, true});
+  view.read_refcounts(image);
+  view.read_l1(image, load<uint64_t>(image, 40), load<uint32_t>(image, 36), 0);
+  view.read_snapshots(image, load<uint64_t>(image, 64), load<uint32_t>(image, 60));
+  std::sort(view.references_.begin(), view.references_.end());
+  return view;
+}
+
+void Qcow2View::add_table(uint64_t offset, uint64_t bytes, Owner::Kind kind, uint16_t snapshot) {
+  if (offset % cluster_size() != 0)
+    problems_.push_back(fmt::format("{} at {:#x}", Owner{kind, snapshot, 0}.text(), offset));
+  for (uint64_t i = 0; i < divide_up(bytes, cluster_size()); ++i)
+    references_.push_back({(offset >> cluster_bits_) + i, {kind, snapshot, i}, true});
+}
+
+void Qcow2View::read_refcounts(const MemImage& image) {
+  add_table(refcount_table_, refcount_table_bytes_, Owner::Kind::refcount_table, 0);
+  const uint64_t per_block = cluster_size() * 8 / refcount_bits_;
+  for_each_entry(image, refcount_table_, refcount_table_bytes_ / 8, [&](uint64_t index, uint64_t block) {
+    if (block % cluster_size() != 0) {
+      problems_.push_back(fmt::format("refcount table entry {} is {:#x}", index, block));
+      return;
+    }
+    references_.push_back({block >> cluster_bits_, {Owner::Kind::refcount_block, 0, index}, true});
+    const unsigned per_word = 64 / refcount_bits_;
+    for_each_entry(image, block, cluster_size() / 8, [&](uint64_t word_index, uint64_t word) {
+      for (unsigned i = 0; i < per_word; ++i) {
+        // Counts of whole bytes go from the front of the word to its back; smaller ones fill each byte from its low
+        // bits.
+        const unsigned shift = refcount_bits_ >= 8 ? 64 - (i + 1) * refcount_bits_
+                                                   : 56 - (i * refcount_bits_ / 8) * 8 + i * refcount_bits_ % 8;
+        const uint64_t mask = ~uint64_t{0} >> (64 - refcount_bits_);
+        if (const uint64_t count = word >> shift & mask)
+          counts_.emplace_back(index * per_block + word_index * per_word + i, count);
+      }
+    });
+  });
+}
+
+void Qcow2View::read_l1(const MemImage& image, uint64_t offset, uint64_t entries, uint16_t snapshot) {
+  if (entries == 0) return;
+  add_table(offset, entries * 8, Owner::Kind::l1_table, snapshot);
+  for_each_entry(image, offset, entries, [&](uint64_t index, uint64_t entry) {
+    const uint64_t table = entry & kAddress;
+    if (table == 0) return;
+    if (table % cluster_size() != 0 || (entry & ~(kAddress | kCopiedFlag)) != 0) {
+      problems_.push_back(fmt::format("L1 entry {} is {:#x}", index, entry));
+      return;
+    }
+    references_.push_back({table >> cluster_bits_, {Owner::Kind::l2_table, snapshot, index}, true});
+    if (snapshot == 0) copied_.emplace_back(table >> cluster_bits_, (entry & kCopiedFlag) != 0);
+    read_l2(image, table, index, snapshot);
+  });
+}
+
+void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_index, uint16_t snapshot) {
+  const uint64_t entries = cluster_size() / 8;
+  for_each_entry(image, offset, entries, [&](uint64_t index, uint64_t entry) {
+    const Owner owner{Owner::Kind::data, snapshot, l1_index * entries + index};
+    if (entry & kCompressedFlag) {
+      const unsigned address_bits = 70 - cluster_bits_;
+      const uint64_t begin = entry & ((uint64_t{1} << address_bits) - 1) & ((uint64_t{1} << 56) - 1);
+      const uint64_t sectors = ((entry & ~(kCompressedFlag | kCopiedFlag)) >> address_bits) + 1;
+      const uint64_t last = begin / 512 * 512 + sectors * 512 - 1;
+      for (uint64_t c = begin >> cluster_bits_; c <= last >> cluster_bits_; ++c)
+        references_.push_back({c, owner, true});
+      if (entry & kCopiedFlag) problems_.push_back(owner.text() + " is compressed and copied");
+      return;
+    }
+    const uint64_t host = entry & kAddress;
+    const bool zero = (entry & 1) != 0;
+    if (host % cluster_size() != 0 || (entry & ~(kAddress | kCopiedFlag | 1)) != 0 || (zero && version_ == 2)) {
+      problems_.push_back(fmt::format("{}: L2 entry {:#x}", owner.text(), entry));
+      return;
+    }
+    if (host == 0) return;
+    references_.push_back({host >> cluster_bits_, owner, !zero});
+    if (snapshot == 0) copied_.emplace_back(host >> cluster_bits_, (entry & kCopiedFlag) != 0);
+  });
+}
+
+void Qcow2View::read_snapshots(const MemImage& image, uint64_t offset, uint32_t number) {
+  uint64_t at = offset;
+  for (uint32_t i = 0; i < number; ++i) {
+    read_l1(image, load<uint64_t>(image, at), load<uint32_t>(image, at + 8), static_cast<uint16_t>(i + 1));
+    const uint64_t length =
+        uint64_t{40} + load<uint32_t>(image, at + 36) + load<uint16_t>(image, at + 12) + load<uint16_t>(image, at + 14);
+    at += round_up(length, 8);
+  }
+  if (number > 0) add_table(offset, at - offset, Owner::Kind::snapshot_table, 0);
+}
+
+uint64_t Qcow2View::count(uint64_t cluster) const {
+  const auto at = std::lower_bound(counts_.begin(), counts_.end(), std::pair<uint64_t, uint64_t>(cluster, 0));
+  return at != counts_.end() && at->first == cluster ? at->second : 0;
+}
+
+std::string Qcow2View::find_corruption() const {
+  if (!problems_.empty()) return problems_.front();
+  for (auto first = references_.begin(); first != references_.end();) {
+    auto next = first;
+    while (next != references_.end() && next->cluster == first->cluster) ++next;
+    if (const uint64_t stored = count(first->cluster); stored < static_cast<uint64_t>(next - first))
+      return fmt::format("cluster {} has {} references ({}) but a count of {}", first->cluster, next - first,
+                         first->owner.text(), stored);
+    first = next;
+  }
+  for (const auto& [cluster, flag] : copied_)
+    if (flag != (count(cluster) == 1))
+      return fmt::format("cluster {} has a count of {} and a COPIED flag of {}", cluster, count(cluster), flag);
+  return {};
+}
+
+}  // namespace imgfuse::test

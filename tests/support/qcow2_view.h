@@ -1,0 +1,73 @@
+// Qcow2View: everything that a qcow2 image's metadata says, read without the driver's help.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/mem_storage.h"
+
+namespace imgfuse::test {
+
+/// Who points at a host cluster. Guest data and L2 tables are named by the path to them, so that a table that was
+/// copied does not change who owns what it points at.
+struct Owner {
+  enum class Kind : uint8_t { header, refcount_table, refcount_block, l1_table, snapshot_table, l2_table, data };
+  Kind kind = Kind::header;
+  uint16_t snapshot = 0;  ///< 0: the active disk, otherwise the snapshot's number
+  uint64_t index = 0;     ///< L1 index, guest cluster, block number, cluster of the table
+
+  auto operator<=>(const Owner&) const = default;
+  bool is_metadata() const { return kind != Kind::data; }
+  std::string text() const;
+};
+
+struct Reference {
+  uint64_t cluster = 0;  ///< on the host
+  Owner owner;
+  bool content = true;  ///< what the cluster holds can be seen: not so for zero clusters that keep their space
+
+  auto operator<=>(const Reference&) const = default;
+};
+
+/// A parsed image. It reads every table, skipping holes: for small images. Compressed clusters hold a reference on each
+/// host cluster that they touch. Structures that make no sense are listed as problems and otherwise left out.
+class Qcow2View {
+ public:
+  /// Nothing if there is no qcow2 header of version 2 or 3 without extended L2 entries.
+  static std::optional<Qcow2View> parse(const MemImage& image);
+
+  uint64_t cluster_size() const { return uint64_t{1} << cluster_bits_; }
+  /// Refcounts cannot be relied on: the dirty or the corrupt bit is set.
+  bool is_dirty() const { return dirty_; }
+  uint64_t refcount_table() const { return refcount_table_; }
+  uint64_t refcount_table_bytes() const { return refcount_table_bytes_; }
+  /// Sorted.
+  const std::vector<Reference>& references() const { return references_; }
+  uint64_t count(uint64_t cluster) const;
+  const std::vector<std::string>& problems() const { return problems_; }
+  /// The first thing that is wrong: a problem, a count below the references, a COPIED flag that lies. Leaks are not.
+  std::string find_corruption() const;
+
+ private:
+  void read_refcounts(const MemImage& image);
+  void read_l1(const MemImage& image, uint64_t offset, uint64_t entries, uint16_t snapshot);
+  void read_l2(const MemImage& image, uint64_t offset, uint64_t l1_index, uint16_t snapshot);
+  void read_snapshots(const MemImage& image, uint64_t offset, uint32_t number);
+  void add_table(uint64_t offset, uint64_t bytes, Owner::Kind kind, uint16_t snapshot);
+
+  unsigned cluster_bits_ = 0;
+  unsigned version_ = 0;
+  unsigned refcount_bits_ = 0;
+  bool dirty_ = false;
+  uint64_t refcount_table_ = 0;
+  uint64_t refcount_table_bytes_ = 0;
+  std::vector<Reference> references_;
+  std::vector<std::pair<uint64_t, uint64_t>> counts_;  // cluster, count > 0; sorted
+  std::vector<std::pair<uint64_t, bool>> copied_;      // cluster, flag, of active entries
+  std::vector<std::string> problems_;
+};
+
+}  // namespace imgfuse::test
