@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Runs the unittest files of a folder and ends with the line "N passed, N failed".
 
     run.py FOLDER [-k PATTERN]…      the names of tests are matched as unittest does
