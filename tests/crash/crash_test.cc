@@ -5,7 +5,9 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <future>
 
+#include "base/math.h"
 #include "support/builders.h"
 #include "support/crash_storage.h"
 #include "support/model_disk.h"
@@ -65,17 +67,19 @@ struct Beginning {
 
 uint64_t disk_size(uint32_t cluster_size) {
   const uint64_t coverage = uint64_t{cluster_size} / 8 * cluster_size;
-  return std::min<uint64_t>(coverage * 3, 300_MiB) + cluster_size / 2;  // ends inside a cluster
+  return std::min<uint64_t>(coverage * 3, 300_MiB) + round_down(cluster_size / 2, 512);  // ends inside a cluster
 }
 
-/// Random data over the windows, in places, so that there is something to overwrite.
+/// Data over the windows, in places, so that there is something to overwrite; half of it can be compressed.
 MemImage random_content(uint64_t size, const std::vector<GuestRange>& windows, Rng& rng) {
   MemImage content;
   content.resize(size);
   for (const GuestRange window : windows)
-    for (uint64_t at = 0; at < window.length; at += 4096)
-      if (rng.one_in(2))
-        content.write(window.begin.bytes() + at, pattern(std::min<uint64_t>(4096, window.length - at), rng.next()));
+    for (uint64_t at = 0; at < window.length; at += 512) {
+      if (at / 4096 % 3 == 0) continue;
+      content.write(window.begin.bytes() + at, pattern(64, rng.next()));
+      if (at / 4096 % 3 == 1) content.write(window.begin.bytes() + at + 64, pattern(448, rng.next()));
+    }
   content.resize(size);
   return content;
 }
@@ -127,16 +131,20 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
   return beginning;
 }
 
+struct Totals {
+  uint64_t states = 0;
+  uint64_t confirmed = 0;  ///< by qemu-img
+};
+
 /// One scenario's run: makes requests, and looks at crashed images whenever the storage changes.
 class CrashRun {
  public:
-  CrashRun(const Scenario& scenario, const TemporaryDirectory& directory, uint64_t seed)
-      : scenario_(scenario), directory_(directory), seed_(seed), rng_(seed) {
+  CrashRun(const Scenario& scenario, const TemporaryDirectory& directory, uint64_t seed, Totals& totals)
+      : scenario_(scenario), directory_(directory), totals_(totals), rng_(seed) {
     workload_.cluster_size = scenario.cluster_size;
   }
 
-  /// Returns the number of states looked at.
-  uint64_t go(uint64_t states) {
+  void go(uint64_t states) {
     const uint64_t size = disk_size(scenario_.cluster_size);
     const uint64_t clusters = scenario_.cluster_size <= 4096 ? 40 : scenario_.cluster_size <= 65536 ? 6 : 2;
     const std::vector<GuestRange> windows = windows_for(size, scenario_.cluster_size, clusters);
@@ -146,7 +154,7 @@ class CrashRun {
     ModelDisk model(size, windows, beginning.content);
     limit_ = states;
     live(beginning.image, model, ~uint64_t{0}, 0);
-    return states_;
+    totals_.states += states_;
   }
 
  private:
@@ -154,16 +162,9 @@ class CrashRun {
   void live(const MemImage& image, ModelDisk& model, uint64_t requests, int depth) {
     auto storage = std::make_shared<CrashStorage>(image);
     auto ordered = std::make_shared<OrderStorage>(storage, image);
+    // Another thread looks, as this one holds locks of the interrupted disk.
     storage->set_observer([&] {
-      if (failed_ || states_ >= limit_) return;
-      const CrashMode modes[] = {CrashMode::all, kCrashModes[rng_.below(std::size(kCrashModes))]};
-      if (storage->pending() == 0) return look(storage->crash(0), model, depth);
-      if (storage->pending() <= 3 && rng_.one_in(4)) {
-        for (uint64_t chosen = 0; chosen < uint64_t{1} << storage->pending(); ++chosen)
-          look(storage->crash(chosen), model, depth);
-        return;
-      }
-      for (const CrashMode mode : modes) look(storage->crash(mode, rng_), model, depth);
+      if (!failed_ && states_ < limit_) std::async(std::launch::async, [&] { crash(*storage, model, depth); }).get();
     });
     auto disk = must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = backing_}));
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
@@ -175,6 +176,17 @@ class CrashRun {
     model.flushed();
     storage->set_observer({});
     if (!failed_) require_equal(model, storage->image());
+  }
+
+  /// Looks at some of the images that a crash at this moment may leave.
+  void crash(const CrashStorage& storage, const ModelDisk& model, int depth) {
+    const size_t pending = storage.pending();
+    if (pending <= 3 && rng_.one_in(4)) {
+      for (uint64_t chosen = 0; chosen < uint64_t{1} << pending; ++chosen) look(storage.crash(chosen), model, depth);
+      return;
+    }
+    look(storage.crash(CrashMode::all, rng_), model, depth);
+    if (pending > 0) look(storage.crash(kCrashModes[rng_.below(std::size(kCrashModes))], rng_), model, depth);
   }
 
   /// One crashed image: it must check clean but for leaks, open for writing, and read as the model allows.
@@ -190,7 +202,8 @@ class CrashRun {
       require(report.corruptions == 0 && report.check_errors == 0, "qcow2::check finds corruptions");
     }
     if (!failed_) {
-      auto disk = open_qcow2(std::make_shared<MemStorage>(crashed), {.metadata_cache = 64_KiB, .backing = backing_});
+      const auto storage = std::make_shared<MemStorage>(crashed);
+      auto disk = open_qcow2(storage, {.metadata_cache = 64_KiB, .backing = backing_});
       require(disk.has_value(), disk ? "" : disk.error().text());
       if (!disk) return save(crashed);
       const std::string wrong = model.compare(**disk);
@@ -198,7 +211,7 @@ class CrashRun {
       require(wrong.empty(), wrong);
     }
     if (failed_) return save(crashed);
-    if (states_ % kQemuEvery == 0 && have_qemu_img()) confirm(crashed);
+    if ((totals_.states + states_) % kQemuEvery == 0 && have_qemu_img()) confirm(crashed);
     if (depth == 0 && rng_.one_in(10)) live_again(crashed, model);
   }
 
@@ -220,7 +233,7 @@ class CrashRun {
     crashed.save(path);
     const int status = run("qemu-img check -q -f qcow2 " + path);
     require(status == 0 || status == 3, fmt::format("qemu-img check ends with {}", status));
-    ++confirmed;
+    ++totals_.confirmed;
   }
 
   void require_equal(const ModelDisk& model, const MemImage& image) {
@@ -234,8 +247,7 @@ class CrashRun {
   void require(bool ok, const std::string& what) {
     if (ok || failed_) return;
     failed_ = true;
-    FAIL_CHECK(scenario_.text() << "\n  IMG_SEED=" << seed_ << ", state " << states_ << ", during " << request_
-                                << "\n  " << what);
+    FAIL_CHECK(scenario_.text() << ", state " << states_ << ", during " << request_ << ":\n  " << what);
   }
 
   void save(const MemImage& crashed) const {
@@ -247,7 +259,7 @@ class CrashRun {
 
   const Scenario scenario_;
   const TemporaryDirectory& directory_;
-  const uint64_t seed_;
+  Totals& totals_;
   Rng rng_;
   Workload workload_;
   MemImage backing_;
@@ -255,9 +267,6 @@ class CrashRun {
   uint64_t states_ = 0;
   bool failed_ = false;
   std::string request_ = "open";
-
- public:
-  uint64_t confirmed = 0;
 };
 
 std::vector<Scenario> scenarios() {
@@ -285,17 +294,14 @@ TEST_CASE("qcow2: after a crash at any moment everything that was flushed is the
   for (const Scenario& scenario : all) weights += scenario.weight;
 
   const TemporaryDirectory directory;
-  uint64_t states = 0;
-  uint64_t confirmed = 0;
+  Totals totals;
   for (size_t i = 0; i < all.size(); ++i) {
     if (only != ~uint64_t{0} && only != i) continue;
-    CrashRun run(all[i], directory, base_seed() + i);
-    INFO("IMG_SCENARIO=" << i << " IMG_SEED=" << base_seed());
-    states += run.go(wanted * all[i].weight / weights + 1);
-    confirmed += run.confirmed;
+    INFO("IMG_SEED=" << base_seed() << " IMG_SCENARIO=" << i << " IMG_CRASH_STATES=" << wanted);
+    CrashRun(all[i], directory, base_seed() + i, totals).go(wanted * all[i].weight / weights + 1);
   }
-  MESSAGE(states << " crash states in " << all.size() << " scenarios, " << confirmed
-                 << " confirmed by qemu-img check, IMG_SEED=" << base_seed());
+  MESSAGE(totals.states << " crash states in " << all.size() << " scenarios, " << totals.confirmed
+                        << " confirmed by qemu-img check, IMG_SEED=" << base_seed());
 }
 
 }  // namespace

@@ -98,6 +98,15 @@ Result<> CrashStorage::add(Change change) {
   return {};
 }
 
+CrashStorage::Change CrashStorage::whole_sectors(uint64_t offset, const std::vector<std::byte>& data) const {
+  Change change{Change::Kind::write, round_down(offset, kSector), 0, offset + data.size(), {}};
+  change.length = round_up(change.grows_to, kSector) - change.offset;
+  change.data.resize(change.length);
+  current_.read(change.offset, change.data);
+  std::copy(data.begin(), data.end(), change.data.begin() + static_cast<ptrdiff_t>(offset - change.offset));
+  return change;
+}
+
 void CrashStorage::observe() const {
   if (observer_) observer_();
 }
@@ -107,12 +116,7 @@ Result<> CrashStorage::write(HostOffset offset, std::span<const ConstBytes> part
     Lock lock(mutex_);
     std::vector<std::byte> data;
     for (const ConstBytes part : parts) data.insert(data.end(), part.begin(), part.end());
-    Change change{Change::Kind::write, round_down(offset.bytes(), kSector), 0, offset.bytes() + data.size(), {}};
-    change.length = round_up(change.grows_to, kSector) - change.offset;
-    change.data.resize(change.length);
-    current_.read(change.offset, change.data);
-    std::copy(data.begin(), data.end(), change.data.begin() + static_cast<ptrdiff_t>(offset.bytes() - change.offset));
-    IMG_TRY(add(std::move(change)));
+    IMG_TRY(add(whole_sectors(offset.bytes(), data)));
   }
   observe();
   return {};
@@ -121,7 +125,11 @@ Result<> CrashStorage::write(HostOffset offset, std::span<const ConstBytes> part
 Result<> CrashStorage::write_zeroes(HostRange range) {
   {
     Lock lock(mutex_);
-    IMG_TRY(add({Change::Kind::zero, range.begin.bytes(), range.length, range.end().bytes(), {}}));
+    if (range.begin.bytes() % kSector == 0 && range.length % kSector == 0) {
+      IMG_TRY(add({Change::Kind::zero, range.begin.bytes(), range.length, range.end().bytes(), {}}));
+    } else {
+      IMG_TRY(add(whole_sectors(range.begin.bytes(), std::vector<std::byte>(range.length))));
+    }
   }
   observe();
   return {};

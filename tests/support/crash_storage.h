@@ -65,6 +65,7 @@ class CrashStorage final : public Storage {
   };
   static void apply(const Change& change, MemImage& image);
   static void apply_torn(const Change& change, MemImage& image, Rng& rng);
+  Change whole_sectors(uint64_t offset, const std::vector<std::byte>& data) const REQUIRES(mutex_);
   Result<> add(Change change) REQUIRES(mutex_);
   void observe() const;
 
