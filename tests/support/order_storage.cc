@@ -159,10 +159,10 @@ bool OrderStorage::shows_content(uint64_t cluster) const {
 void OrderStorage::check_targets(const Change& change, bool discards) {
   if (change.length == 0) return;
   const uint64_t size = view_->cluster_size();
-  const auto still_there = [&](const Reference& reference) REQUIRES(mutex_) {
+  const std::vector<Reference>& current = view_->references();
+  const auto still_there = [&](const Reference& reference) {
     Reference other = reference;
     other.content = !reference.content;  // a zero cluster may come to show its content, and the reverse
-    const std::vector<Reference>& current = view_->references();
     return std::binary_search(current.begin(), current.end(), reference) ||
            std::binary_search(current.begin(), current.end(), other);
   };
