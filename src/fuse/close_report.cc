@@ -2,9 +2,10 @@
 
 #include <fmt/format.h>
 #include <poll.h>
-#include <sys/pidfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -107,7 +108,7 @@ std::vector<CloseWaiter> CloseWaiter::connect(const std::string& device, uid_t u
     const auto daemon = peer(socket);
     if (!daemon || (daemon->uid != user && daemon->uid != 0)) continue;
     if (std::to_string(daemon->pid) != name.substr(prefix.size())) continue;
-    Fd process(::pidfd_open(daemon->pid, 0));
+    Fd process(static_cast<int>(::syscall(SYS_pidfd_open, daemon->pid, 0)));  // glibc 2.36 declares it for C only
     if (process) waiters.push_back(CloseWaiter(std::move(socket), std::move(process)));
   }
   return waiters;

@@ -61,7 +61,7 @@ void init(void* userdata, fuse_conn_info* connection) {
   want(FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS, true);
   // Nothing changes behind the kernel's back: without this flag its page cache survives a new mtime.
   want(FUSE_CAP_AUTO_INVAL_DATA, false);
-  // open(O_TRUNC) then comes as an attribute change that says so, see set_attributes().
+  // open(O_TRUNC) then comes as a change of size, see is_open_truncate().
   want(FUSE_CAP_ATOMIC_O_TRUNC, false);
   // pread and writev are 3 times as fast for large reads.
   want(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE, false);
@@ -99,23 +99,30 @@ bool changes_owner(const struct stat& current, const struct stat& wanted, int wh
          ((which & FUSE_SET_ATTR_GID) && wanted.st_gid != current.st_gid);
 }
 
-void set_attributes(fuse_req_t raw_request, fuse_ino_t number, struct stat* wanted, int which, fuse_file_info*) {
+/// Without a file descriptor, size 0 comes from open(O_TRUNC), which leaves a disk as it is, as with a block device:
+/// "dd of=disk.raw" just works. (The kernel's FATTR_OPEN would say so better, but Linux 6.18 does not set it.)
+bool is_open_truncate(const struct stat& wanted, const fuse_file_info* info) {
+  return wanted.st_size == 0 && info == nullptr;
+}
+
+Result<> set_size(RawFile& file, const struct stat& wanted) {
+  const auto size = static_cast<uint64_t>(wanted.st_size);
+  if (size != file.disk().size()) IMG_TRY(file.disk().resize(size));
+  file.touch();
+  return {};
+}
+
+void set_attributes(fuse_req_t raw_request, fuse_ino_t number, struct stat* wanted, int which, fuse_file_info* info) {
   Request request(raw_request);
   const Tree& tree = served(raw_request).tree;
   const Node* node = tree.find(number);
   if (node == nullptr) return request.error(ENOENT);
   if (node->file == nullptr) return request.error(EPERM);
   if (changes_owner(tree.attributes(*node), *wanted, which)) return request.error(EPERM);
-  RawFile& file = *node->file;
 
-  // open(O_TRUNC) leaves a disk as it is, as with a block device: "dd of=disk.raw" just works.
-  if ((which & FUSE_SET_ATTR_SIZE) && !(which & FUSE_SET_ATTR_OPEN)) {
-    if (wanted->st_size < 0) return request.error(EINVAL);
-    const auto size = static_cast<uint64_t>(wanted->st_size);
-    if (size != file.disk().size())
-      if (auto resized = file.disk().resize(size); !resized) return request.error(resized.error());
-    file.touch();
-  }
+  RawFile& file = *node->file;
+  if ((which & FUSE_SET_ATTR_SIZE) && !is_open_truncate(*wanted, info))
+    if (auto sized = set_size(file, *wanted); !sized) return request.error(sized.error());
   if (which & FUSE_SET_ATTR_MTIME_NOW)
     file.touch();
   else if (which & FUSE_SET_ATTR_MTIME)
@@ -142,8 +149,10 @@ void read(fuse_req_t raw_request, fuse_ino_t number, size_t length, off_t offset
   request.data(bytes);
 }
 
-/// Writes do not grow the disk: past its end there is no space, as on a block device.
-void write(fuse_req_t raw_request, fuse_ino_t number, const char* data, size_t length, off_t offset, fuse_file_info*) {
+/// Writes do not grow the disk: past its end there is no space, as on a block device. What lies before it is written;
+/// the kernel makes EIO of a short write with O_DIRECT, so that one gets the error at once.
+void write(fuse_req_t raw_request, fuse_ino_t number, const char* data, size_t length, off_t offset,
+           fuse_file_info* info) {
   FileRequest request(raw_request, number);
   if (!request) return;
   const GuestRange range = clip(request.disk(), offset, length);
@@ -151,6 +160,7 @@ void write(fuse_req_t raw_request, fuse_ino_t number, const char* data, size_t l
   const ConstBytes bytes(reinterpret_cast<const std::byte*>(data), range.length);
   if (auto done = request.disk().write(range.begin, bytes); !done) return request.error(done.error());
   request.file().touch();
+  if (range.length < length && (info->flags & O_DIRECT)) return request.error(ENOSPC);
   request.written(range.length);
 }
 
