@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -22,7 +23,7 @@ constexpr int kBacklog = 64;
 constexpr std::string_view kClosed = "closed\n";
 constexpr std::string_view kErrorPrefix = "error: ";
 
-std::string name_prefix(const std::string& device) { return fmt::format("imgfuse-{}-", device); }
+std::string name_prefix(dev_t device) { return fmt::format("imgfuse-{}:{}-", major(device), minor(device)); }
 
 /// Makes `call` with the abstract socket address of that name.
 template <class Call>
@@ -77,7 +78,7 @@ void wait_for_end(const Fd& process) {
 
 }  // namespace
 
-Result<CloseReporter> CloseReporter::listen(const std::string& device) {
+Result<CloseReporter> CloseReporter::listen(dev_t device) {
   Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const std::string name = name_prefix(device) + std::to_string(::getpid());
   const auto bind = [&](const sockaddr* address, socklen_t length) { return ::bind(socket.get(), address, length); };
@@ -96,7 +97,7 @@ void CloseReporter::tell(const Result<>& closed) {
   }
 }
 
-std::vector<CloseWaiter> CloseWaiter::connect(const std::string& device, uid_t user) {
+std::vector<CloseWaiter> CloseWaiter::connect(dev_t device, uid_t user) {
   std::vector<CloseWaiter> waiters;
   const std::string prefix = name_prefix(device);
   for (const std::string& name : find_names(prefix)) {

@@ -18,8 +18,8 @@ namespace imgfuse::fuse {
 /// The daemon's end.
 class CloseReporter {
  public:
-  /// `device` as in MountEntry. Call it in the process that stays.
-  static Result<CloseReporter> listen(const std::string& device);
+  /// `device` is the mount's. Call it in the process that stays.
+  static Result<CloseReporter> listen(dev_t device);
   /// Answers everybody who waits.
   void tell(const Result<>& closed);
 
@@ -34,7 +34,7 @@ class CloseWaiter {
   /// The daemons of the mount with this device number that are run by `user` or root. Usually one; none if it is gone,
   /// or lives in another network namespace; two for a moment where the number was used before and that daemon is
   /// still closing.
-  static std::vector<CloseWaiter> connect(const std::string& device, uid_t user);
+  static std::vector<CloseWaiter> connect(dev_t device, uid_t user);
   /// Blocks until the daemon is gone; returns what it said about the image.
   Result<> wait();
 

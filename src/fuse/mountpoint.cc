@@ -1,10 +1,11 @@
 #include "fuse/mountpoint.h"
 
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -31,11 +32,15 @@ std::string unescape(const std::string& text) {
 /// "36 35 98:0 /root /path rw,noatime shared:1 … - type source options"
 std::optional<MountEntry> parse_line(const std::string& line) {
   std::istringstream fields(line);
-  std::string id, parent, root, path, flags, field, source, options;
+  std::string id, parent, device, root, path, flags, field, source, options;
   MountEntry entry;
-  if (!(fields >> id >> parent >> entry.device >> root >> path >> flags)) return std::nullopt;
+  if (!(fields >> id >> parent >> device >> root >> path >> flags)) return std::nullopt;
   while (fields >> field && field != "-") continue;
   if (!(fields >> entry.type >> source >> options)) return std::nullopt;
+  unsigned major_number = 0;
+  unsigned minor_number = 0;
+  if (std::sscanf(device.c_str(), "%u:%u", &major_number, &minor_number) != 2) return std::nullopt;
+  entry.device = makedev(major_number, minor_number);
   entry.path = unescape(path);
   entry.source = unescape(source);
   if (const size_t user = options.find("user_id="); user != std::string::npos)

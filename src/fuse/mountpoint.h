@@ -12,7 +12,7 @@ namespace imgfuse::fuse {
 
 /// A line of /proc/self/mountinfo. Reading it touches no file system, so that a dead daemon hangs nobody.
 struct MountEntry {
-  std::string device;  ///< "0:53", which no two mounts share at the same time
+  dev_t device = 0;  ///< no two mounted file systems share it
   std::string path;
   std::string type;    ///< "fuse.imgfuse"
   std::string source;  ///< the image, if -o fsname did not say otherwise

@@ -1,10 +1,7 @@
 #include "fuse/session.h"
 
-#include <fcntl.h>
-#include <fmt/format.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <array>
@@ -17,12 +14,15 @@
 
 #include "base/log.h"
 #include "fuse/operations.h"
+#include "fuse/own_mount.h"
 
 namespace imgfuse::fuse {
 namespace {
 
 /// Sent to the looping thread, so that it looks whether it is to end. Ignored by default: a stray one does no harm.
 constexpr int kWakeSignal = SIGURG;
+
+constexpr const char* kDiskName = "disk.raw";
 
 /// What libfuse says while this thread mounts goes into the error; at other times it goes to the log.
 thread_local std::string* mount_messages = nullptr;
@@ -54,7 +54,7 @@ FileOwner owner_of(const MountOptions& options, bool read_only) {
 Tree tree_of(RawFile& file, MountpointKind kind) {
   if (kind == MountpointKind::file) return Tree::of_file(file);
   Tree tree = Tree::of_directory(file.owner());
-  tree.add_file(kRootNode, "disk.raw", file);
+  tree.add_file(kRootNode, kDiskName, file);
   return tree;
 }
 
@@ -80,6 +80,7 @@ Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoin
                          }}) {}
 
 Session::~Session() {
+  phase_ = Phase::ended;  // without serve() too
   signals_.reset();
   if (session_ == nullptr) return;
   fuse_session_unmount(session_);
@@ -115,7 +116,9 @@ Result<> Session::attach() {
   if (!mounted)
     return fail(ErrorCode::io, "mount at {}: {}", mountpoint_.path, messages.empty() ? "refused" : messages);
 
-  if (const auto entry = find_mount(mountpoint_.path)) device_ = entry->device;
+  const auto entry = find_mount(mountpoint_.path);
+  if (!entry) return fail(ErrorCode::io, "mount at {}: /proc/self/mountinfo does not list it", mountpoint_.path);
+  device_ = entry->device;
   if (auto reporter = CloseReporter::listen(device_))
     reporter_ = std::move(*reporter);
   else
@@ -170,11 +173,8 @@ void Session::attend(const std::function<void()>& on_ready) {
 /// With a write-back cache the kernel is the master of size and time. It knows them from the lookup of a name, but the
 /// root has none: until somebody sets them, a root file is empty.
 void Session::publish_size() {
-  const struct stat attributes = file_.attributes();
-  const std::array<timespec, 2> times = {timespec{0, UTIME_OMIT}, attributes.st_mtim};
-  if (::truncate(mountpoint_.path.c_str(), attributes.st_size) != 0 ||
-      ::utimensat(AT_FDCWD, mountpoint_.path.c_str(), times.data(), 0) != 0)
-    log_warning("set the size of {} in the kernel: {}", mountpoint_.path, strerror(errno));
+  if (auto set = set_size_and_time(mountpoint_.path, disk_.size(), file_.attributes().st_mtim); !set)
+    log_warning("tell the kernel the size: {}", set.error().text());
 }
 
 /// Ends the loop from another thread. The signal may come between the loop's look at the flag and its wait, therefore
@@ -188,15 +188,12 @@ void Session::end_loop() {
   }
 }
 
-/// Has the kernel write what it holds of the file (mmap, write-back cache), as an unmount does, while requests are
-/// still answered.
+/// As an unmount does, but while requests are still answered.
 void Session::write_back_pages() {
   if (options_.read_only) return;
-  const Fd mounted(::open(mountpoint_.path.c_str(), O_RDONLY | O_CLOEXEC));
-  struct stat attributes;
-  if (!mounted || ::fstat(mounted.get(), &attributes) != 0) return;
-  const std::string device = fmt::format("{}:{}", major(attributes.st_dev), minor(attributes.st_dev));
-  if (device == device_) ::syncfs(mounted.get());
+  const bool is_root = mountpoint_.kind == MountpointKind::file;
+  if (auto written = write_back(is_root ? mountpoint_.path : mountpoint_.path + "/" + kDiskName, device_); !written)
+    log_error("write back cached data: {}", written.error().text());
 }
 
 }  // namespace imgfuse::fuse

@@ -64,7 +64,7 @@ class Session {
   Tree tree_;
   std::unique_ptr<Served> served_;
   fuse_session* session_ = nullptr;
-  std::string device_;  // of the mount, as in MountEntry
+  dev_t device_ = 0;  // of the mount
   std::optional<CloseReporter> reporter_;
   const pthread_t loop_thread_ = pthread_self();
 

@@ -1,6 +1,7 @@
 #include "fuse/close_report.h"
 
 #include <doctest/doctest.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,7 +10,7 @@
 namespace imgfuse::fuse {
 namespace {
 
-constexpr const char* kDevice = "0:999999";
+const dev_t kDevice = makedev(0, 999999);
 
 enum class Ending { closed, failed, killed };
 
@@ -52,7 +53,7 @@ TEST_CASE("close report: a daemon that dies has not closed") {
 }
 
 TEST_CASE("close report: there is nobody to wait for at other devices") {
-  CHECK(CloseWaiter::connect("0:999998", ::geteuid()).empty());
+  CHECK(CloseWaiter::connect(makedev(0, 999998), ::geteuid()).empty());
 }
 
 }  // namespace
