@@ -12,6 +12,7 @@ namespace {
 constexpr uint64_t kMaxTableBytes = 8 << 20;
 // Small clusters need a block for every few KiB of file: make as many at once as cover this, for one host flush.
 constexpr uint64_t kBlocksAheadBytes = 4 << 20;
+constexpr uint64_t kEntriesPerSector = 512 / 8;  // a sector is the largest unit that a crash does not tear
 
 template <class T>
 uint64_t get_wide(const std::byte* at) {
@@ -133,7 +134,9 @@ Result<uint64_t> Refcounts::create_block(uint64_t cluster) {
   uint64_t count = 0;
   {
     SharedLock lock(image_.mutex);
-    while (count < wanted && index + count < table_.size() && block_at(index + count).bytes() == 0) ++count;
+    // Entries of one sector only: the first block counts them all, so none may become durable without it (I6).
+    const uint64_t end = std::min<uint64_t>(table_.size(), round_down(index, kEntriesPerSector) + kEntriesPerSector);
+    while (count < wanted && index + count < end && block_at(index + count).bytes() == 0) ++count;
   }
   return count == 0 ? grow_table(index) : create_blocks_in_table(index, count);
 }
