@@ -142,6 +142,7 @@ class CrashRun {
   CrashRun(const Scenario& scenario, const TemporaryDirectory& directory, uint64_t seed, Totals& totals)
       : scenario_(scenario), directory_(directory), totals_(totals), rng_(seed) {
     workload_.cluster_size = scenario.cluster_size;
+    workload_.growth = scenario.version == 3 || scenario.start != Start::snapshot;  // version 2 cannot grow with one
   }
 
   void go(uint64_t states) {

@@ -1,6 +1,11 @@
 #include "support/builders.h"
 
+#include <unistd.h>
+
+#include <cstdlib>
+
 #include "format/raw/raw.h"
+#include "support/order_storage.h"
 
 namespace imgfuse::test {
 
@@ -29,6 +34,25 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
     return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
   };
   return qcow2::open(std::move(storage), std::move(parameters));
+}
+
+WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec) {
+  auto memory = std::make_shared<MemStorage>(image);
+  auto disk = must(open_qcow2(std::make_shared<OrderStorage>(memory, image), spec));
+  return {std::move(memory), std::move(disk)};
+}
+
+std::optional<MemImage> with_snapshot(const MemImage& image) {
+  char path[] = "/tmp/imgfuse-snapshot-XXXXXX";
+  const int fd = ::mkstemp(path);
+  REQUIRE(fd >= 0);
+  ::close(fd);
+  image.save(path);
+  const int status = std::system(fmt::format("qemu-img snapshot -c first {} >/dev/null 2>&1", path).c_str());
+  std::optional<MemImage> result;
+  if (status == 0) result = MemImage::load(path);
+  ::unlink(path);
+  return result;
 }
 
 CheckReport check_image(const MemImage& image) {

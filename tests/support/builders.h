@@ -36,6 +36,17 @@ struct OpenSpec {
 /// qcow2::open with a raw backing disk.
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
 
+/// A qcow2 disk over memory whose order of writes is watched.
+struct WatchedDisk {
+  std::shared_ptr<MemStorage> memory;
+  std::unique_ptr<Disk> disk;
+  Disk* operator->() const { return disk.get(); }
+};
+WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec = {});
+
+/// Puts an internal snapshot into the image, with qemu-img; nothing if that is not installed.
+std::optional<MemImage> with_snapshot(const MemImage& image);
+
 /// qcow2::check without repair. The findings are part of the messages of a failed test.
 CheckReport check_image(const MemImage& image);
 

@@ -31,7 +31,7 @@ GuestRange discarded(GuestRange range, uint64_t cluster_size, uint64_t disk_size
 }  // namespace
 
 ModelDisk::ModelDisk(uint64_t disk_size, std::vector<GuestRange> windows, const MemImage& initial)
-    : disk_size_(disk_size), windows_(std::move(windows)) {
+    : disk_size_(disk_size), least_size_(disk_size), windows_(std::move(windows)) {
   for (const GuestRange range : windows_) {
     Window window{range, std::vector<std::byte>(range.length), std::vector<Sector>(range.length / kSector)};
     initial.read(range.begin.bytes(), window.content);
@@ -72,6 +72,16 @@ void ModelDisk::zero(GuestRange range) {
   add_versions(window, begin, begin + range.length);
 }
 
+void ModelDisk::grow(uint64_t disk_size, uint64_t window) {
+  const GuestRange gained{GuestOffset(disk_size_), std::min(window, disk_size - disk_size_)};
+  disk_size_ = disk_size;
+  windows_.push_back(gained);
+  content_.push_back({gained, std::vector<std::byte>(gained.length), std::vector<Sector>(gained.length / kSector)});
+  Window& added = content_.back();
+  for (size_t i = 0; i < added.sectors.size(); ++i)
+    added.sectors[i].versions = {hash_sector(&added.content[i * kSector])};
+}
+
 void ModelDisk::flushed() {
   for (const auto& [window, sector] : unflushed_) {
     std::vector<uint64_t>& versions = content_[window].sectors[sector].versions;
@@ -82,8 +92,12 @@ void ModelDisk::flushed() {
 
 template <class Accept>
 std::string ModelDisk::find_wrong(Disk& disk, Accept accept) const {
+  const uint64_t size = disk.size();
+  if (size != disk_size_ && size != least_size_)
+    return fmt::format("the disk has {} bytes, not {} or {}", size, disk_size_, least_size_);
   for (size_t w = 0; w < content_.size(); ++w) {
     const Window& window = content_[w];
+    if (window.range.end().bytes() > size) continue;  // a growth that did not survive
     Buffer buffer(window.range.length);
     if (Result<> read = disk.read(window.range.begin, buffer.bytes()); !read)
       return fmt::format("read {:#x}: {}", window.range.begin.bytes(), read.error().text());
@@ -116,6 +130,11 @@ std::string ModelDisk::compare_exactly(Disk& disk) const {
 std::string ModelDisk::settle(Disk& disk) {
   std::string wrong = compare(disk);
   if (!wrong.empty()) return wrong;
+  if (disk.size() != disk_size_) {  // the last window is the growth that failed
+    windows_.pop_back();
+    content_.pop_back();
+  }
+  disk_size_ = least_size_ = disk.size();
   for (Window& window : content_) {
     if (Result<> read = disk.read(window.range.begin, window.content); !read) return read.error().text();
     for (size_t i = 0; i < window.sectors.size(); ++i)
@@ -133,6 +152,16 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
     return result;
   }
 
+  if (workload.growth && rng.one_in(30)) {
+    const uint64_t size =
+        model.disk_size() + 512 * rng.between(1, workload.cluster_size / 16 * workload.cluster_size / 512);
+    what = fmt::format("grow from {:#x} to {:#x}", model.disk_size(), size);
+    model.grow(size, workload.cluster_size * 2);
+    Result<> result = disk.resize(size);
+    if (result) model.grown();
+    return result;
+  }
+
   // Small, a few clusters, or anything; sector aligned more often than not.
   const std::vector<GuestRange>& windows = model.windows();
   const GuestRange window = windows[rng.below(windows.size())];
@@ -142,8 +171,8 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
   switch (rng.below(4)) {
     case 0:
       break;
-    case 1: {
-      const uint64_t unit = std::min(workload.cluster_size, window.length);
+    case 1: {  // whole clusters, if the window begins with one
+      const uint64_t unit = workload.cluster_size;
       begin = round_down(begin, unit);
       length = std::min(round_up(length, unit), window.length - begin);
       break;

@@ -22,12 +22,15 @@ class ModelDisk {
 
   uint64_t disk_size() const { return disk_size_; }
   const std::vector<GuestRange>& windows() const { return windows_; }
-  void grow(uint64_t disk_size) { disk_size_ = disk_size; }
 
   /// Call it before the disk is asked, so that a crash in the middle knows the new version. The range lies in one
   /// window.
   void write(GuestOffset offset, ConstBytes data);
   void zero(GuestRange range);
+  /// The front of what the disk gains, up to `window` bytes, becomes a window of zeros.
+  void grow(uint64_t disk_size, uint64_t window);
+  /// The growth was acknowledged, and is durable therefore.
+  void grown() { least_size_ = disk_size_; }
   /// A flush was acknowledged that was asked for after all changes so far.
   void flushed();
 
@@ -53,6 +56,7 @@ class ModelDisk {
   void add_versions(Window& window, uint64_t begin, uint64_t end);
 
   uint64_t disk_size_;
+  uint64_t least_size_;  // what a crash may leave
   std::vector<GuestRange> windows_;
   std::vector<Window> content_;
   std::vector<std::pair<uint32_t, uint32_t>> unflushed_;  // window, sector: those with more than one version
@@ -64,11 +68,12 @@ struct Workload {
   bool zeroing = true;
   bool discards = true;
   bool populate = true;
+  bool growth = false;
   unsigned flush_one_in = 6;
 };
 
 /// Makes one random request of `disk` and of `model` alike: allocating, overwriting, partial and overlapping writes,
-/// zeroing in both modes, discards, flushes. Returns the disk's result, with the request in `what`.
+/// zeroing in both modes, discards, growth, flushes. Returns the disk's result, with the request in `what`.
 Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, Rng& rng, std::string& what);
 
 /// Windows that make metadata work: at the start, around the borders of L2 tables, and at the end of the disk.
