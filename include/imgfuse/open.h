@@ -27,8 +27,9 @@ struct OpenOptions {
   std::optional<std::string> format;          ///< not probed if given
   std::optional<std::string> backing_format;  ///< for backing files without a recorded format; never probed otherwise
   CacheMode cache = CacheMode::writeback;
-  uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes of tables kept in memory, per image of the chain
-  /// Directories below which files named inside an image may lie, besides the naming image's own directory.
+  /// Bytes of tables kept in memory for the image. Each layer below it gets half as much as the one above.
+  uint64_t metadata_cache = uint64_t{32} << 20;
+  /// Directories below which files that images name may lie, besides the directory of the image opened here.
   std::vector<std::string> allowed_directories;
 };
 

@@ -44,7 +44,7 @@ Result<CheckReport> check_layer(const std::string& path, const OpenOptions& opti
                                 const CheckSink& sink) {
   IMG_LET(const Layer layer, open_top(path, options, repair != Repair::none));
   IMG_LET(const CheckReport report, layer.format->check(*layer.storage, repair, sink));
-  IMG_TRY(layer.storage->flush());
+  if (repair != Repair::none) IMG_TRY(layer.storage->flush());
   return report;
 }
 

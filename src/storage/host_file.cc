@@ -10,7 +10,6 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
-#include <system_error>
 
 namespace imgfuse {
 namespace {
@@ -42,8 +41,10 @@ std::string words(int error_number) {
       return "permission denied";
     case EROFS:
       return "the file system is mounted read-only";
-    default:
-      return std::generic_category().message(error_number);
+    default: {
+      char text[128];
+      return strerror_r(error_number, text, sizeof text);
+    }
   }
 }
 
