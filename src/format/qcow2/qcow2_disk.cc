@@ -256,6 +256,8 @@ Result<> Qcow2Disk::do_close() {
   closed_ = true;
   if (backing_)
     if (Result<> below = backing_->close(); result && !below) result = std::move(below);
+  backing_.reset();
+  storage_.reset();  // and with it the image's locks
   return result;
 }
 

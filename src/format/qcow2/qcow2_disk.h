@@ -71,7 +71,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> grow_l1(uint64_t entries);
   Result<> write_size(uint64_t size);
 
-  const std::shared_ptr<Storage> storage_;
+  std::shared_ptr<Storage> storage_;
   Header header_;  // as opened; fields that change live elsewhere
   const bool read_only_;
   std::atomic<uint64_t> size_;
