@@ -56,18 +56,23 @@ std::optional<std::string> real_path(const std::string& path) {
   return result;
 }
 
-tl::unexpected<Error> fail_with_errno(const std::string& path, int error) {
-  if (error == ENOENT)
-    return fail(
-        ErrorCode::not_found,
-        "mount point {} does not exist; make a file (touch {}) that becomes the disk, or a directory (mkdir {}) "
-        "in which it appears as disk.raw",
-        path, path, path);
-  if (error == ENOTCONN)
-    return fail(ErrorCode::busy, "the mount at {} has lost its daemon; remove it with \"imgfuse umount {}\"", path,
+ErrorCode code_of(int error) {
+  if (error == ENOENT) return ErrorCode::not_found;
+  if (error == EACCES || error == EPERM) return ErrorCode::denied;
+  if (error == ENOTCONN) return ErrorCode::busy;
+  return ErrorCode::invalid;
+}
+
+/// Why there can be no mount at `path`, and what to do about it.
+tl::unexpected<Error> refuse(const std::string& path, const Error& reason) {
+  if (reason.code() == ErrorCode::not_found)
+    return fail(ErrorCode::not_found,
+                "mount point {0} does not exist; make a file (touch {0}) that becomes the disk, or a directory "
+                "(mkdir {0}) in which it appears as disk.raw",
                 path);
-  if (error == EACCES || error == EPERM) return fail(ErrorCode::denied, "mount point {}: {}", path, strerror(error));
-  return fail(ErrorCode::invalid, "mount point {}: {}", path, strerror(error));
+  if (reason.code() == ErrorCode::busy)
+    return fail(ErrorCode::busy, "the mount at {0} has lost its daemon; remove it with \"imgfuse umount {0}\"", path);
+  return fail(reason.during("mount point {}", path));
 }
 
 }  // namespace
@@ -90,31 +95,30 @@ Result<std::string> canonical_path(const std::string& path) {
   const std::string name = slash == std::string::npos ? trimmed : trimmed.substr(slash + 1);
   if (!name.empty() && name != "." && name != "..") {
     const auto parent = real_path(slash == std::string::npos ? "." : slash == 0 ? "/" : trimmed.substr(0, slash));
-    if (!parent) return fail_with_errno(path, errno);
+    if (!parent) return fail(code_of(errno), "{}", strerror(errno));
     std::string candidate = (*parent == "/" ? "" : *parent) + "/" + name;
     if (find_mount(candidate)) return candidate;
   }
   if (auto resolved = real_path(path)) return *resolved;
-  return fail_with_errno(path, errno);
+  return fail(code_of(errno), "{}", strerror(errno));
 }
 
 Result<Mountpoint> check_mountpoint(const std::string& path, const std::string& image) {
-  Mountpoint mountpoint;
-  IMG_LET(mountpoint.path, canonical_path(path));
+  const auto canonical = canonical_path(path);
+  if (!canonical) return refuse(path, canonical.error());
+  Mountpoint mountpoint = {*canonical, MountpointKind::file};
   const auto mounted = find_mount(mountpoint.path);
   struct stat attributes;
-  if (::stat(mountpoint.path.c_str(), &attributes) != 0) return fail_with_errno(path, errno);
+  if (::stat(mountpoint.path.c_str(), &attributes) != 0) return refuse(path, Error(code_of(errno), strerror(errno)));
   if (mounted && mounted->type == "fuse.imgfuse")
     return fail(ErrorCode::busy, "{} is mounted at {} already; unmount it with \"imgfuse umount {}\"", mounted->source,
                 path, path);
 
-  if (S_ISREG(attributes.st_mode)) {
-    mountpoint.kind = MountpointKind::file;
-  } else if (S_ISDIR(attributes.st_mode)) {
+  if (S_ISDIR(attributes.st_mode)) {
     mountpoint.kind = MountpointKind::directory;
     if (image.starts_with(mountpoint.path == "/" ? "/" : mountpoint.path + "/"))
       return fail(ErrorCode::invalid, "mount point {} contains the image, which the mount would hide", path);
-  } else {
+  } else if (!S_ISREG(attributes.st_mode)) {
     return fail(ErrorCode::invalid, "mount point {} is neither a file nor a directory", path);
   }
   return mountpoint;

@@ -24,7 +24,8 @@ bool is_fuse(const MountEntry& entry);
 /// What is mounted at `path` (absolute, canonical), the topmost if there are several.
 std::optional<MountEntry> find_mount(const std::string& path);
 
-/// The absolute path without symbolic links, also where the last component is a mount whose daemon is gone.
+/// The absolute path without symbolic links, also where the last component is a mount whose daemon is gone. The error
+/// does not repeat the path.
 Result<std::string> canonical_path(const std::string& path);
 
 enum class MountpointKind { file, directory };

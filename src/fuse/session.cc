@@ -51,9 +51,9 @@ FileOwner owner_of(const MountOptions& options, bool read_only) {
   return owner;
 }
 
-Tree tree_of(RawFile& file, MountpointKind kind) {
+Tree tree_of(RawFile& file, MountpointKind kind, timespec modified) {
   if (kind == MountpointKind::file) return Tree::of_file(file);
-  Tree tree = Tree::of_directory(file.owner());
+  Tree tree = Tree::of_directory(file.owner(), modified);
   tree.add_file(kRootNode, kDiskName, file);
   return tree;
 }
@@ -73,7 +73,7 @@ Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoin
       mountpoint_(mountpoint),
       options_(options),
       file_(disk, owner_of(options, disk.info().read_only), subject.modified),
-      tree_(tree_of(file_, mountpoint.kind)),
+      tree_(tree_of(file_, mountpoint.kind, subject.modified)),
       served_(new Served{tree_, options_, [this] {
                            phase_ = Phase::serving;
                            phase_.notify_all();

@@ -38,6 +38,7 @@ struct stat Tree::attributes(const Node& node) const {
     attributes.st_nlink = 2;
     attributes.st_uid = owner_.uid;
     attributes.st_gid = owner_.gid;
+    attributes.st_atim = attributes.st_mtim = attributes.st_ctim = modified_;
   }
   attributes.st_ino = node.number;
   return attributes;

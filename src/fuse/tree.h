@@ -27,9 +27,9 @@ struct Node {
 class Tree {
  public:
   /// The mount point itself is the file.
-  static Tree of_file(RawFile& file) { return Tree(&file, {}); }
-  /// The mount point is a directory, owned by `owner`.
-  static Tree of_directory(const FileOwner& owner) { return Tree(nullptr, owner); }
+  static Tree of_file(RawFile& file) { return Tree(&file, {}, {}); }
+  /// The mount point is a directory, owned by `owner` and last changed at `modified`.
+  static Tree of_directory(const FileOwner& owner, timespec modified) { return Tree(nullptr, owner, modified); }
 
   NodeNumber add_file(NodeNumber directory, std::string name, RawFile& file);
 
@@ -40,9 +40,11 @@ class Tree {
   struct stat attributes(const Node& node) const;
 
  private:
-  Tree(RawFile* root, const FileOwner& owner) : owner_(owner), nodes_{{kRootNode, kRootNode, "", root}} {}
+  Tree(RawFile* root, const FileOwner& owner, timespec modified)
+      : owner_(owner), modified_(modified), nodes_{{kRootNode, kRootNode, "", root}} {}
 
   FileOwner owner_;          // of directories
+  timespec modified_;        // of directories
   std::vector<Node> nodes_;  // node n stands at n - 1
 };
 

@@ -208,6 +208,7 @@ int run_mount(Io& io, Arguments args) {
   std::vector<std::string> lists;
   CLI::App app("Presents an image as a raw file.", "imgfuse mount");
   app.footer(kFooter);
+  app.set_version_flag("-V,--version", "imgfuse " IMGFUSE_VERSION);
   add_mount_options(app, request, lists);
   if (const auto status = parse(app, io, args)) return *status;
   const bool read_only = request.mount.read_only;

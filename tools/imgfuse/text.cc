@@ -114,6 +114,9 @@ std::optional<int> parse(CLI::App& app, Io& io, Arguments args) {
   } catch (const CLI::CallForHelp&) {
     io.out << app.help() << std::flush;
     return kSuccess;
+  } catch (const CLI::CallForVersion& version) {
+    io.out << version.what() << '\n' << std::flush;
+    return kSuccess;
   } catch (const CLI::ParseError& error) {
     io.err << fmt::format("imgfuse: {} (try \"{} --help\")\n", error.what(), app.get_name()) << std::flush;
     return kUsage;
