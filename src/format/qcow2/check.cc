@@ -1,0 +1,160 @@
+// Checking: a survey of all references, compared with the stored reference counts; then repair and a second look.
+#include <algorithm>
+#include <memory>
+
+#include "base/math.h"
+#include "format/qcow2/examination.h"
+#include "format/qcow2/qcow2.h"
+#include "format/qcow2/refcounts.h"
+#include "format/qcow2/repair.h"
+#include "format/qcow2/table_scan.h"
+
+namespace imgfuse::qcow2 {
+namespace {
+
+constexpr int kRepairRounds = 2;
+
+/// Compares the counted references with the stored ones, block by block.
+class Comparison {
+ public:
+  Comparison(Storage& storage, const Header& header, Findings& findings, Examination& examination)
+      : storage_(storage),
+        header_(header),
+        findings_(findings),
+        examination_(examination),
+        survey_(*examination.survey),
+        bits_(1u << header.refcount_order),
+        end_(std::max(survey_.file_clusters, survey_.references.end())) {}
+
+  Result<> run() {
+    const uint64_t per_block = header_.refcounts_per_block();
+    for (uint64_t first = 0; first < end_; first += per_block)
+      IMG_TRY(
+          compare_block(survey_.refcount_block(header_, first / per_block), first, std::min(first + per_block, end_)));
+    findings_.report().image_end_offset = used_end_ << header_.cluster_bits;
+    return {};
+  }
+
+ private:
+  /// Clusters [first, last), counted by the block at `block` if that is not 0.
+  Result<> compare_block(HostOffset block, uint64_t first, uint64_t last) {
+    if (block == HostOffset(0)) {
+      const uint64_t corruptions = findings_.report().corruptions;
+      compare_uncounted(first, last);
+      if (findings_.report().corruptions != corruptions) survey_.must_rebuild = true;
+      return {};
+    }
+    uint64_t next = first;
+    IMG_TRY(scan_table(storage_, {block, header_.cluster_size()}, [&](uint64_t word, Entries words) {
+      const uint64_t begin = std::min(first + word * 64 / bits_, last);
+      compare_uncounted(next, begin);
+      next = std::min(begin + words.size() * 64 / bits_, last);
+      const ConstBytes bytes = std::as_bytes(words);
+      for (uint64_t cluster = begin; cluster < next; ++cluster)
+        compare_cluster(cluster, get_refcount(bytes, cluster - begin, bits_));
+      return Result<>{};
+    }));
+    compare_uncounted(next, last);
+    return {};
+  }
+
+  /// Clusters whose stored counts are all zero.
+  void compare_uncounted(uint64_t first, uint64_t last) {
+    for (auto cluster = survey_.references.next(first); cluster && *cluster < last;
+         cluster = survey_.references.next(*cluster + 1))
+      compare_cluster(*cluster, 0);
+  }
+
+  void compare_cluster(uint64_t cluster, uint64_t stored) {
+    const uint64_t counted = survey_.references.get(cluster);
+    if (stored == 0 && counted == 0) return;
+    used_end_ = std::max(used_end_, cluster + 1);
+    if (stored > counted) {
+      findings_.leak("leaked cluster {}: refcount {}, references {}", cluster, stored, counted);
+    } else if (stored < counted) {
+      findings_.corruption(1, "cluster {}: refcount {}, references {}", cluster, stored, counted);
+    } else if (counted > 1 && survey_.metadata_overlaps(cluster)) {
+      findings_.corruption(1, "cluster {} holds metadata, but has {} references", cluster, counted);
+    }
+    // The flag promises that a cluster may be overwritten. Only entries in the active tables keep the promise.
+    const uint64_t wrong_flags = stored == 1 ? survey_.not_copied.get(cluster) : survey_.copied.get(cluster);
+    if (wrong_flags == 0) return;
+    examination_.wrong_flags += wrong_flags;
+    findings_.corruption(wrong_flags, "cluster {}: refcount {}, but {} entries point at it {} the COPIED flag", cluster,
+                         stored, wrong_flags, stored == 1 ? "without" : "with");
+  }
+
+  Storage& storage_;
+  const Header& header_;
+  Findings& findings_;
+  Examination& examination_;
+  Survey& survey_;
+  const uint32_t bits_;
+  const uint64_t end_;
+  uint64_t used_end_ = 0;
+};
+
+Result<Examination> examine(Storage& storage, const Header& header, const CheckSink& sink) {
+  Examination examination;
+  Findings findings(examination.report, sink);
+  IMG_LET(examination.snapshots, read_snapshot_table(storage, header));
+  for (const Snapshot& snapshot : examination.snapshots.snapshots) {
+    if (header.version == 2 || !snapshot.lacks_extra_data()) continue;
+    findings.corruption(1, "snapshot {} has {} bytes of extra data, version 3 wants 16", snapshot.info.id,
+                        snapshot.extra.size());
+    examination.incomplete_snapshots = true;
+  }
+  IMG_TRY(
+      take_survey(storage, header, examination.snapshots, RefcountStructures::counted, findings, *examination.survey));
+  IMG_TRY(Comparison(storage, header, findings, examination).run());
+  return examination;
+}
+
+/// An image without corruptions is neither dirty nor corrupt, whatever its header says.
+Result<> clear_marks(Storage& storage, const Header& header) {
+  if ((header.incompatible & (kDirty | kCorrupt)) == 0) return {};
+  IMG_TRY(storage.flush());
+  const be<uint64_t> incompatible = header.incompatible & ~(kDirty | kCorrupt);
+  IMG_TRY(storage.write(kIncompatibleField, std::as_bytes(std::span(&incompatible, 1))));
+  return storage.flush();
+}
+
+Result<Header> read_checkable_header(Storage& storage) {
+  IMG_LET(Header header, read_header(storage, Purpose::repair));
+  if (header.incompatible & kExtendedL2)
+    return fail(ErrorCode::unsupported, "checking extended L2 entries (subclusters) is not supported");
+  if (header.incompatible & kDataFile)
+    return fail(ErrorCode::unsupported, "checking an image with an external data file is not supported");
+  return header;
+}
+
+uint64_t wrong_parts(const CheckReport& report) { return report.corruptions + report.leaks + report.check_errors; }
+
+}  // namespace
+
+Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) {
+  IMG_LET(Header header, read_checkable_header(storage));
+  IMG_LET(Examination found, examine(storage, header, sink));
+  if (mode == Repair::none) return found.report;
+  const CheckReport first = found.report;
+  const CheckSink left = [&](const std::string& finding) {
+    if (sink) sink("left: " + finding);
+  };
+  // What one round puts right may uncover something for a second one, such as a leak where a bad entry pointed.
+  uint64_t wrong = ~uint64_t{0};
+  for (int round = 0; round < kRepairRounds && !found.report.clean(); ++round) {
+    if (wrong_parts(found.report) >= wrong) break;  // the last round changed nothing
+    wrong = wrong_parts(found.report);
+    IMG_TRY(repair(storage, header, mode, found));
+    found = {};  // before the next one takes its memory
+    IMG_LET(header, read_checkable_header(storage));
+    IMG_LET(found, examine(storage, header, left));
+  }
+  CheckReport& report = found.report;
+  report.corruptions_fixed = first.corruptions - std::min(first.corruptions, report.corruptions);
+  report.leaks_fixed = first.leaks - std::min(first.leaks, report.leaks);
+  if (report.corruptions == 0 && report.check_errors == 0) IMG_TRY(clear_marks(storage, header));
+  return report;
+}
+
+}  // namespace imgfuse::qcow2

@@ -81,4 +81,29 @@ struct SnapshotExtra {
 };
 static_assert(sizeof(SnapshotExtra) == 24);
 
+struct BitmapsExtension {
+  be<uint32_t> count;
+  be<uint32_t> reserved;
+  be<uint64_t> directory_bytes;
+  be<uint64_t> directory_offset;
+};
+static_assert(sizeof(BitmapsExtension) == 24);
+
+struct BitmapHeader {
+  be<uint64_t> table_offset;
+  be<uint32_t> table_entries;
+  be<uint32_t> flags;
+  be<uint8_t> type;
+  be<uint8_t> granularity_bits;
+  be<uint16_t> name_length;
+  be<uint32_t> extra_size;
+};
+static_assert(sizeof(BitmapHeader) == 24);
+
+struct EncryptionExtension {
+  be<uint64_t> offset;
+  be<uint64_t> length;
+};
+static_assert(sizeof(EncryptionExtension) == 16);
+
 }  // namespace imgfuse::qcow2::wire

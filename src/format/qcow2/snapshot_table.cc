@@ -4,63 +4,38 @@
 #include <cstring>
 #include <span>
 
-#include "base/buffer.h"
 #include "base/math.h"
+#include "format/qcow2/byte_reader.h"
 #include "format/qcow2/layout.h"
 
 namespace imgfuse::qcow2 {
 namespace {
 
 constexpr uint64_t kNoIcount = ~uint64_t{0};
+constexpr size_t kWantedExtra = 16;  // the two sizes
 
-/// Reads a storage front to back in large pieces.
-class Reader {
- public:
-  Reader(Storage& storage, HostOffset begin) : storage_(storage), next_(begin) {}
-
-  Result<> read(Bytes out) {
-    while (!out.empty()) {
-      if (rest_.empty()) IMG_TRY(fill());
-      const size_t n = std::min(out.size(), rest_.size());
-      std::memcpy(out.data(), rest_.data(), n);
-      out = out.subspan(n);
-      rest_ = rest_.subspan(n);
-    }
-    return {};
-  }
-
- private:
-  Result<> fill() {
-    IMG_TRY(storage_.read(next_, piece_.bytes()));
-    next_ = next_ + piece_.size();
-    rest_ = piece_.bytes();
-    return {};
-  }
-
-  Storage& storage_;
-  HostOffset next_;
-  Buffer piece_{size_t{64} << 10};
-  ConstBytes rest_;
-};
-
-Result<std::string> read_text(Reader& reader, size_t length) {
-  std::string text(length, '\0');
-  IMG_TRY(reader.read(std::as_writable_bytes(std::span(text))));
-  return text;
-}
-
-/// Reads the extra data, of which the format knows the first 24 bytes.
-Result<> read_extra(Reader& reader, const Header& header, uint32_t size, SnapshotInfo& info) {
-  std::byte bytes[kMaxSnapshotExtra];
-  IMG_TRY(reader.read(Bytes(bytes, size)));
+/// Of the extra data the format knows the first 24 bytes.
+void read_extra(const Header& header, Snapshot& snapshot) {
+  const size_t size = snapshot.extra.size();
   wire::SnapshotExtra extra;
-  std::memcpy(&extra, bytes, std::min<size_t>(size, sizeof extra));
-  info.disk_size = header.size;
-  if (size >= offsetof(wire::SnapshotExtra, disk_size)) info.vm_state_size = extra.vm_state_size;
-  if (size >= offsetof(wire::SnapshotExtra, icount)) info.disk_size = extra.disk_size;
-  if (size >= sizeof extra && extra.icount != kNoIcount) info.icount = extra.icount;
-  return {};
+  std::memcpy(&extra, snapshot.extra.data(), std::min(size, sizeof extra));
+  snapshot.info.disk_size = header.size;
+  if (size >= offsetof(wire::SnapshotExtra, disk_size)) snapshot.info.vm_state_size = extra.vm_state_size;
+  if (size >= offsetof(wire::SnapshotExtra, icount)) snapshot.info.disk_size = extra.disk_size;
+  if (size >= sizeof extra && extra.icount != kNoIcount) snapshot.info.icount = extra.icount;
 }
+
+/// The extra data as stored, completed where it is too short.
+std::vector<std::byte> extra_to_write(const Snapshot& snapshot) {
+  if (!snapshot.lacks_extra_data()) return snapshot.extra;
+  wire::SnapshotExtra extra;
+  extra.vm_state_size = snapshot.info.vm_state_size;
+  extra.disk_size = snapshot.info.disk_size;
+  const auto bytes = std::as_bytes(std::span(&extra, 1)).first(kWantedExtra);
+  return {bytes.begin(), bytes.end()};
+}
+
+void append(std::vector<std::byte>& out, ConstBytes bytes) { out.insert(out.end(), bytes.begin(), bytes.end()); }
 
 }  // namespace
 
@@ -69,37 +44,77 @@ Result<SnapshotTable> read_snapshot_table(Storage& storage, const Header& header
   if (header.snapshot_count == 0) return table;
   if (header.snapshots_offset == HostOffset(0))
     return fail(ErrorCode::corrupt, "snapshot table offset 0 (header byte 64) is the header's own place");
+  IMG_LET(const uint64_t file_size, storage.size());
+  if (header.snapshots_offset.bytes() >= file_size)
+    return fail(ErrorCode::corrupt, "snapshot table at {:#x} (header byte 64) lies past the end of the file ({:#x})",
+                header.snapshots_offset.bytes(), file_size);
 
-  Reader reader(storage, header.snapshots_offset);
+  ByteReader reader(storage, header.snapshots_offset);
   for (uint32_t index = 0; index < header.snapshot_count; ++index) {
-    wire::SnapshotHeader raw;
-    IMG_TRY(reader.read(std::as_writable_bytes(std::span(&raw, 1))));
+    IMG_LET(const auto raw, reader.read<wire::SnapshotHeader>());
+    const uint32_t extra_size = raw.extra_size;
+    if (extra_size > kMaxSnapshotExtra)
+      return fail(ErrorCode::corrupt, "snapshot {} has {} bytes of extra data, more than {}", index, extra_size,
+                  kMaxSnapshotExtra);
+    const uint64_t length = sizeof raw + uint64_t{extra_size} + raw.id_length + raw.name_length;
+    table.length += round_up(length, 8);
+    if (table.length > kMaxSnapshotTableBytes)
+      return fail(ErrorCode::corrupt, "the snapshot table is longer than 64 MiB at snapshot {} of {}", index,
+                  header.snapshot_count);
+
     Snapshot snapshot;
     snapshot.l1_offset = HostOffset(raw.l1_offset);
     snapshot.l1_entries = raw.l1_entries;
-    snapshot.extra_size = raw.extra_size;
     snapshot.info.date_sec = raw.date_sec;
     snapshot.info.date_nsec = raw.date_nsec;
     snapshot.info.vm_clock_nsec = raw.vm_clock_nsec;
     snapshot.info.vm_state_size = raw.vm_state_size;
-    if (snapshot.extra_size > kMaxSnapshotExtra)
-      return fail(ErrorCode::corrupt, "snapshot {} has {} bytes of extra data, more than {}", index,
-                  snapshot.extra_size, kMaxSnapshotExtra);
-    IMG_TRY(read_extra(reader, header, snapshot.extra_size, snapshot.info));
-    IMG_LET(snapshot.info.id, read_text(reader, raw.id_length));
-    IMG_LET(snapshot.info.name, read_text(reader, raw.name_length));
-
-    const uint64_t length = sizeof raw + uint64_t{snapshot.extra_size} + raw.id_length + raw.name_length;
-    const uint64_t padded = round_up(length, 8);
-    std::byte padding[8];
-    IMG_TRY(reader.read(Bytes(padding, padded - length)));
-    table.length += padded;
-    if (table.length > kMaxSnapshotTableBytes)
-      return fail(ErrorCode::corrupt, "the snapshot table is longer than 64 MiB at snapshot {} of {}", index,
-                  header.snapshot_count);
+    snapshot.extra.resize(extra_size);
+    IMG_TRY(reader.read(snapshot.extra));
+    read_extra(header, snapshot);
+    IMG_LET(snapshot.info.id, reader.read_text(raw.id_length));
+    IMG_LET(snapshot.info.name, reader.read_text(raw.name_length));
+    reader.skip(round_up(length, 8) - length);
     table.snapshots.push_back(std::move(snapshot));
   }
   return table;
+}
+
+std::vector<std::byte> encode_snapshot_table(const SnapshotTable& table) {
+  std::vector<std::byte> out;
+  for (const Snapshot& snapshot : table.snapshots) {
+    const std::vector<std::byte> extra = extra_to_write(snapshot);
+    wire::SnapshotHeader raw;
+    raw.l1_offset = snapshot.l1_offset.bytes();
+    raw.l1_entries = snapshot.l1_entries;
+    raw.id_length = static_cast<uint16_t>(snapshot.info.id.size());
+    raw.name_length = static_cast<uint16_t>(snapshot.info.name.size());
+    raw.date_sec = snapshot.info.date_sec;
+    raw.date_nsec = snapshot.info.date_nsec;
+    raw.vm_clock_nsec = snapshot.info.vm_clock_nsec;
+    // The short field holds what fits; the one in the extra data has the last word.
+    raw.vm_state_size = snapshot.info.vm_state_size >> 32 ? 0 : static_cast<uint32_t>(snapshot.info.vm_state_size);
+    raw.extra_size = static_cast<uint32_t>(extra.size());
+    append(out, std::as_bytes(std::span(&raw, 1)));
+    append(out, extra);
+    append(out, std::as_bytes(std::span(snapshot.info.id)));
+    append(out, std::as_bytes(std::span(snapshot.info.name)));
+    out.resize(round_up(out.size(), 8));
+  }
+  return out;
+}
+
+Result<> check_snapshot_l1(const Header& header, const Snapshot& snapshot) {
+  if (snapshot.l1_offset.bytes() % header.cluster_size() != 0)
+    return fail(ErrorCode::corrupt, "snapshot {} ({}): L1 table offset {:#x} is not a multiple of the cluster size {}",
+                snapshot.info.id, snapshot.info.name, snapshot.l1_offset.bytes(), header.cluster_size());
+  if (snapshot.l1_entries > kMaxL1Entries)
+    return fail(ErrorCode::corrupt, "snapshot {} ({}): L1 table of {} entries is larger than 32 MiB", snapshot.info.id,
+                snapshot.info.name, snapshot.l1_entries);
+  if (snapshot.l1_offset.bytes() >> 63)
+    return fail(ErrorCode::corrupt, "snapshot {} ({}): L1 table offset {:#x} is not below 2^63", snapshot.info.id,
+                snapshot.info.name, snapshot.l1_offset.bytes());
+  return {};
 }
 
 }  // namespace imgfuse::qcow2
