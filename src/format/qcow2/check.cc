@@ -1,8 +1,10 @@
 // Checking: a survey of all references, compared with the stored reference counts; then repair and a second look.
 #include <algorithm>
 #include <memory>
+#include <span>
+#include <tuple>
 
-#include "base/math.h"
+#include "base/endian.h"
 #include "format/qcow2/examination.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qcow2/refcounts.h"
@@ -128,7 +130,8 @@ Result<Header> read_checkable_header(Storage& storage) {
   return header;
 }
 
-uint64_t wrong_parts(const CheckReport& report) { return report.corruptions + report.leaks + report.check_errors; }
+/// What is wrong, the worst first.
+auto severity(const CheckReport& report) { return std::tuple(report.check_errors, report.corruptions, report.leaks); }
 
 }  // namespace
 
@@ -141,10 +144,10 @@ Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) 
     if (sink) sink("left: " + finding);
   };
   // What one round puts right may uncover something for a second one, such as a leak where a bad entry pointed.
-  uint64_t wrong = ~uint64_t{0};
+  auto before = severity(first);
   for (int round = 0; round < kRepairRounds && !found.report.clean(); ++round) {
-    if (wrong_parts(found.report) >= wrong) break;  // the last round changed nothing
-    wrong = wrong_parts(found.report);
+    if (round > 0 && severity(found.report) >= before) break;  // the last round changed nothing
+    before = severity(found.report);
     IMG_TRY(repair(storage, header, mode, found));
     found = {};  // before the next one takes its memory
     IMG_LET(header, read_checkable_header(storage));
