@@ -127,20 +127,30 @@ std::string ModelDisk::compare_exactly(Disk& disk) const {
   });
 }
 
-std::string ModelDisk::settle(Disk& disk) {
+std::string ModelDisk::adopt(Disk& disk) {
   std::string wrong = compare(disk);
+  if (!wrong.empty()) return wrong;
+  for (Window& window : content_) {
+    if (window.range.end().bytes() > disk.size()) continue;
+    const std::vector<std::byte> before = window.content;
+    if (Result<> read = disk.read(window.range.begin, window.content); !read) return read.error().text();
+    for (size_t i = 0; i < window.sectors.size(); ++i)
+      if (std::memcmp(&before[i * kSector], &window.content[i * kSector], kSector) != 0)
+        add_versions(window, i * kSector, (i + 1) * kSector);
+  }
+  return {};
+}
+
+std::string ModelDisk::settle(Disk& disk) {
+  std::string wrong = adopt(disk);
   if (!wrong.empty()) return wrong;
   if (disk.size() != disk_size_) {  // the last window is the growth that failed
     windows_.pop_back();
     content_.pop_back();
   }
   disk_size_ = least_size_ = disk.size();
-  for (Window& window : content_) {
-    if (Result<> read = disk.read(window.range.begin, window.content); !read) return read.error().text();
-    for (size_t i = 0; i < window.sectors.size(); ++i)
-      window.sectors[i].versions = {hash_sector(&window.content[i * kSector])};
-  }
-  unflushed_.clear();
+  std::erase_if(unflushed_, [&](const auto& sector) { return sector.first >= content_.size(); });
+  flushed();
   return {};
 }
 

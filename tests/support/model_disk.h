@@ -38,7 +38,9 @@ class ModelDisk {
   std::string compare(Disk& disk) const;
   /// As compare() against the newest version only: for a disk that has not crashed.
   std::string compare_exactly(Disk& disk) const;
-  /// Takes over what the disk reads as, which must be one of the versions: after a crash or a failed request.
+  /// Takes over what the disk reads as, which must be one of the versions, as the newest one: after a failed request.
+  std::string adopt(Disk& disk);
+  /// As adopt(), and nothing else is left: after a crash.
   std::string settle(Disk& disk);
 
  private:

@@ -108,6 +108,7 @@ Result<> OrderStorage::flush() {
   }
   for (auto& [cluster, fill] : fills_)
     if (covered.contains(fill.change)) fill.change = 0;
+  switched_.clear();
   start_epoch();
   return {};
 }
@@ -119,7 +120,7 @@ void OrderStorage::give_up(Changes::iterator change) {
   (void)inner_->read(HostOffset(change->offset), change->data);
   apply(*change, current_);
   std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
-  if (view_ && touches_metadata(*change)) view_ = Qcow2View::parse(current_);
+  start_epoch();
 }
 
 // ---- What is possible
@@ -131,7 +132,6 @@ void OrderStorage::start_epoch() {
   if (!durable || durable->is_dirty() || !view_ || view_->is_dirty()) view_.reset();
   possible_.clear();
   least_.clear();
-  switched_.clear();
   if (!view_) return fills_.clear();
   std::set_union(durable->references().begin(), durable->references().end(), view_->references().begin(),
                  view_->references().end(), std::back_inserter(possible_));

@@ -1,0 +1,359 @@
+// The host fails: for every storage call of every operation, the disk stays consistent or latches, and what was
+// acknowledged is still there.
+#include <doctest/doctest.h>
+
+#include <functional>
+
+#include "base/log.h"
+#include "support/builders.h"
+#include "support/crash_storage.h"
+#include "support/fault_storage.h"
+#include "support/model_disk.h"
+#include "support/order_storage.h"
+#include "support/qcow2_view.h"
+
+namespace imgfuse::test {
+namespace {
+
+constexpr uint64_t kCluster = 4096;
+constexpr uint64_t kSize = 8_MiB;
+
+/// Latched disks say so in the log, thousands of times.
+struct QuietLog {
+  QuietLog() {
+    set_log_sink([](LogLevel, const std::string&) {});
+  }
+} const quiet_log;
+
+/// A disk that is opened over storage that fails; it has `content`.
+struct Situation {
+  MemImage image;
+  MemImage content;
+  MemImage backing;
+  uint64_t size = kSize;
+};
+
+/// What is asked of the disk. The model is told first.
+struct Operation {
+  std::string name;
+  std::function<Result<>(Disk&, ModelDisk&)> run;
+};
+
+Result<> write(Disk& disk, ModelDisk& model, uint64_t offset, uint64_t length, uint64_t seed) {
+  const auto data = pattern(length, seed);
+  model.write(GuestOffset(offset), data);
+  return disk.write(GuestOffset(offset), data);
+}
+
+Result<> zero(Disk& disk, ModelDisk& model, GuestRange range, Zeroing zeroing) {
+  model.zero(range);
+  return disk.write_zeroes(range, zeroing);
+}
+
+Result<> flush(Disk& disk, ModelDisk& model) {
+  IMG_TRY(disk.flush());
+  model.flushed();
+  return {};
+}
+
+/// Clusters 0…15 hold data, 16…23 are zero with space, 24…31 zero without; the rest is not allocated.
+Situation with_data(uint32_t version = 3, bool backing = false) {
+  Situation s;
+  s.content.resize(kSize);
+  if (backing) {
+    s.backing.write(0, pattern(64 * kCluster + 1000, 99));
+    s.backing.resize(65 * kCluster);
+    s.content = s.backing;
+    s.content.resize(kSize);
+  }
+  const WatchedDisk disk =
+      open_watched(make_qcow2({.size = kSize,
+                               .cluster_size = kCluster,
+                               .version = version,
+                               .backing = backing ? std::optional<std::string>("base") : std::nullopt}),
+                   {.backing = s.backing});
+  const auto data = pattern(24 * kCluster, 5);
+  must(disk->write(GuestOffset(0), data));
+  s.content.write(0, data);
+  must(disk->write_zeroes({GuestOffset(16 * kCluster), 8 * kCluster}, Zeroing::keep_allocation));
+  must(disk->write_zeroes({GuestOffset(24 * kCluster), 8 * kCluster}, Zeroing::may_free));
+  s.content.zero(16 * kCluster, 16 * kCluster);
+  must(disk->close());
+  s.image = disk.memory->image();
+  return s;
+}
+
+/// Tiny clusters and wide counts: a file that needs a new refcount block, or a longer refcount table, soon.
+Situation crowded(uint64_t file_size) {
+  Situation s;
+  s.content.resize(kSize);
+  const WatchedDisk disk = open_watched(make_qcow2({.size = kSize, .cluster_size = 512, .refcount_bits = 64}));
+  for (uint64_t at = 4_MiB; must(disk.memory->size()) < file_size; at += 4096) {
+    const auto data = pattern(4096, at);
+    must(disk->write(GuestOffset(at), data));
+    s.content.write(at, data);
+  }
+  must(disk->close());
+  s.image = disk.memory->image();
+  return s;
+}
+
+struct FaultKind {
+  std::string name;
+  ErrorCode code;
+  Fault fault;
+};
+const FaultKind kFaultKinds[] = {
+    {"one I/O error", ErrorCode::io, {}},
+    {"I/O errors from then on", ErrorCode::io, {.later = true}},
+    {"a torn write", ErrorCode::io, {.calls = Call::write | Call::zero, .torn = true}},
+    {"no space for one call", ErrorCode::no_space, {.calls = Call::write | Call::zero | Call::allocate}},
+    {"a failed flush", ErrorCode::io, {.calls = Call::flush}},
+};
+
+/// Stored versions of the situation's windows: all that operations touch.
+ModelDisk model_of(const Situation& s) {
+  std::vector<GuestRange> windows{{GuestOffset(0), 128 * kCluster},
+                                  {GuestOffset(2_MiB - 32 * kCluster), 64 * kCluster}};
+  if (s.image.size() > 1_MiB) windows = {{GuestOffset(0), 512_KiB}, {GuestOffset(4_MiB), 1_MiB}};
+  return ModelDisk(s.size, windows, s.content);
+}
+
+void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng) {
+  for (const CrashMode mode : kCrashModes) {
+    const MemImage crashed = storage.crash(mode, rng);
+    CHECK(Qcow2View::parse(crashed)->find_corruption() == "");
+    CHECK(check_image(crashed).corruptions == 0);
+    auto disk = open_qcow2(std::make_shared<MemStorage>(crashed), {.backing = s.backing});
+    REQUIRE(disk);
+    CHECK(model.compare(**disk) == "");
+    must((*disk)->close());
+  }
+}
+
+/// Fails the n-th call of the operation, for n = 1, 2, … until it runs through.
+void fail_everywhere(const Situation& situation, const Operation& operation) {
+  CAPTURE(operation.name);
+  for (const FaultKind& kind : kFaultKinds) {
+    CAPTURE(kind.name);
+    for (uint64_t n = 1;; ++n) {
+      CAPTURE(n);
+      REQUIRE(n < 2000);
+      Rng rng(n);
+      auto crash = std::make_shared<CrashStorage>(situation.image);
+      auto faults = std::make_shared<FaultStorage>(crash);
+      auto ordered = std::make_shared<OrderStorage>(faults, situation.image);
+      ModelDisk model = model_of(situation);
+      auto disk = must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = situation.backing}));
+
+      faults->fail_call(n, kind.code, kind.fault);
+      Result<> result = operation.run(*disk, model);
+      if (result) result = flush(*disk, model);
+      const bool fired = faults->fired();
+      faults->heal();
+      if (!fired) CHECK(result);
+      check_crashed(*crash, model, situation, rng);
+      CHECK(model.compare(*disk) == "");  // reads go on
+
+      // Either it works again, and is consistent, or it refuses every change.
+      ModelDisk later = model;
+      CHECK(later.adopt(*disk) == "");
+      const Result<> again = write(*disk, later, 40 * kCluster, 3 * kCluster, n);
+      const Result<> flushed = flush(*disk, later);
+      if (again && flushed) {
+        check_crashed(*crash, later, situation, rng);
+        CHECK(later.compare_exactly(*disk) == "");
+        CHECK(disk->close());
+        CHECK(check_image(crash->image()).leaks == 0);
+      } else {
+        CHECK(fired);
+        CHECK_FALSE(flushed);
+        CHECK_FALSE(disk->flush());
+        CHECK_FALSE(disk->write(GuestOffset(0), pattern(512)));
+        CHECK_FALSE(disk->close());
+        check_crashed(*crash, later, situation, rng);
+      }
+      if (!fired) break;
+    }
+  }
+}
+
+TEST_CASE("qcow2: an allocating write may fail at any call") {
+  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
+                                  return write(disk, model, 50 * kCluster + 100, 5 * kCluster, 1);
+                                }});
+}
+
+TEST_CASE("qcow2: a write that needs a new L2 table may fail at any call") {
+  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
+                                  return write(disk, model, 2_MiB - kCluster, 3 * kCluster, 1);
+                                }});
+}
+
+TEST_CASE("qcow2: an overwrite may fail at any call") {
+  fail_everywhere(with_data(),
+                  {"overwrite", [](Disk& disk, ModelDisk& model) { return write(disk, model, 700, 9 * kCluster, 1); }});
+}
+
+TEST_CASE("qcow2: a write to zero clusters may fail at any call") {
+  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
+                                  return write(disk, model, 15 * kCluster + 99, 12 * kCluster, 1);
+                                }});
+}
+
+TEST_CASE("qcow2: a copy-on-write from the backing file may fail at any call") {
+  fail_everywhere(with_data(3, true), {"write", [](Disk& disk, ModelDisk& model) -> Result<> {
+                                         IMG_TRY(write(disk, model, 33 * kCluster + 100, 300, 1));
+                                         return write(disk, model, 64 * kCluster + 100, kCluster, 2);
+                                       }});
+}
+
+TEST_CASE("qcow2: a discard may fail at any call") {
+  const Operation discard{"discard", [](Disk& disk, ModelDisk& model) {
+                            const GuestRange range{GuestOffset(3 * kCluster), 25 * kCluster};
+                            model.zero(range);
+                            return disk.discard(range);
+                          }};
+  fail_everywhere(with_data(), discard);
+  fail_everywhere(with_data(3, true), discard);
+  fail_everywhere(with_data(2, false), discard);
+}
+
+TEST_CASE("qcow2: zeroing may fail at any call") {
+  for (const Zeroing zeroing : {Zeroing::keep_allocation, Zeroing::may_free})
+    fail_everywhere(with_data(3, true),
+                    {"zero", [zeroing](Disk& disk, ModelDisk& model) {
+                       return zero(disk, model, {GuestOffset(kCluster + 100), 40 * kCluster}, zeroing);
+                     }});
+}
+
+TEST_CASE("qcow2: populating may fail at any call") {
+  fail_everywhere(with_data(3, true), {"populate", [](Disk& disk, ModelDisk&) {
+                                         return disk.populate({GuestOffset(14 * kCluster), 60 * kCluster});
+                                       }});
+}
+
+TEST_CASE("qcow2: reuse of freed clusters may fail at any call") {
+  fail_everywhere(with_data(), {"reuse", [](Disk& disk, ModelDisk& model) -> Result<> {
+                                  const GuestRange range{GuestOffset(0), 8 * kCluster};
+                                  model.zero(range);
+                                  IMG_TRY(disk.discard(range));
+                                  IMG_TRY(flush(disk, model));
+                                  return write(disk, model, 60 * kCluster, 8 * kCluster, 1);
+                                }});
+}
+
+TEST_CASE("qcow2: growing may fail at any call") {
+  Situation s = with_data();
+  fail_everywhere(s, {"grow", [](Disk& disk, ModelDisk& model) -> Result<> {
+                        model.grow(20_GiB, 2 * kCluster);  // the L1 table moves
+                        IMG_TRY(disk.resize(20_GiB));
+                        model.grown();
+                        return {};
+                      }});
+}
+
+TEST_CASE("qcow2: a write to clusters shared with a snapshot may fail at any call") {
+  Situation s = with_data();
+  const std::optional<MemImage> image = with_snapshot(s.image);
+  if (!image) return;
+  s.image = *image;
+  fail_everywhere(s, {"write", [](Disk& disk, ModelDisk& model) -> Result<> {
+                        IMG_TRY(write(disk, model, 700, 3 * kCluster, 1));
+                        model.zero({GuestOffset(8 * kCluster), 4 * kCluster});
+                        return disk.discard({GuestOffset(8 * kCluster), 4 * kCluster});
+                      }});
+}
+
+TEST_CASE("qcow2: a write that needs a new refcount block may fail at any call") {
+  fail_everywhere(crowded(1_MiB + 16_KiB),
+                  {"write", [](Disk& disk, ModelDisk& model) { return write(disk, model, 0, 40000, 1); }});
+}
+
+TEST_CASE("qcow2: a write that needs a longer refcount table may fail at any call") {
+  fail_everywhere(crowded(2_MiB - 16_KiB),
+                  {"write", [](Disk& disk, ModelDisk& model) { return write(disk, model, 0, 40000, 1); }});
+}
+
+TEST_CASE("qcow2: closing may fail at any call") {
+  const Situation s = with_data();
+  for (uint64_t n = 1;; ++n) {
+    CAPTURE(n);
+    auto crash = std::make_shared<CrashStorage>(s.image);
+    auto faults = std::make_shared<FaultStorage>(crash);
+    ModelDisk model = model_of(s);
+    auto disk = must(open_qcow2(std::make_shared<OrderStorage>(faults, s.image), {.metadata_cache = 64_KiB}));
+    must(write(*disk, model, 50 * kCluster, 4 * kCluster, 1));
+    must(zero(*disk, model, {GuestOffset(0), 4 * kCluster}, Zeroing::may_free));
+
+    faults->fail_call(n, ErrorCode::io);
+    const Result<> closed = disk->close();
+
+    CHECK((closed || faults->fired()));
+    if (closed) model.flushed();
+    Rng rng(n);
+    check_crashed(*crash, model, s, rng);
+    if (!faults->fired()) break;
+  }
+}
+
+TEST_CASE("qcow2: opening may fail at any call, and leaves the image as it was") {
+  Situation s = with_data();
+  s.image.write(95, std::array{std::byte{0x01}});  // autoclear bits give it something to write
+  for (uint64_t n = 1;; ++n) {
+    CAPTURE(n);
+    auto crash = std::make_shared<CrashStorage>(s.image);
+    auto faults = std::make_shared<FaultStorage>(crash);
+    faults->fail_call(n, ErrorCode::io);
+
+    auto disk = open_qcow2(faults, {});
+
+    faults->heal();
+    CHECK(disk.has_value() != faults->fired());
+    if (disk) must((*disk)->close());
+    Rng rng(n);
+    check_crashed(*crash, model_of(s), s, rng);
+    if (!faults->fired()) break;
+  }
+}
+
+TEST_CASE("qcow2: a failed read is an error of that read only") {
+  const Situation s = with_data();
+  for (uint64_t n = 1;; ++n) {
+    CAPTURE(n);
+    auto faults = std::make_shared<FaultStorage>(std::make_shared<MemStorage>(s.image));
+    auto disk = must(open_qcow2(faults, {}));
+    const ModelDisk model = model_of(s);
+    faults->fail_call(n, ErrorCode::io);
+
+    const std::string first = model.compare_exactly(*disk);
+
+    faults->heal();
+    CHECK((first != "") == faults->fired());
+    CHECK(model.compare_exactly(*disk) == "");
+    must(disk->write(GuestOffset(0), pattern(512)));
+    must(disk->close());
+    if (!faults->fired()) break;
+  }
+}
+
+TEST_CASE("qcow2: after a failed flush every write and flush is refused, and reads go on") {
+  const Situation s = with_data();
+  auto faults = std::make_shared<FaultStorage>(std::make_shared<MemStorage>(s.image));
+  auto disk = must(open_qcow2(faults, {}));
+  must(disk->write(GuestOffset(0), pattern(512, 1)));
+  faults->fail_call(1, ErrorCode::io, {.calls = Call::flush});
+
+  CHECK_FALSE(disk->flush());
+
+  CHECK_FALSE(disk->flush());
+  CHECK_FALSE(disk->write(GuestOffset(0), pattern(512, 2)));
+  CHECK_FALSE(disk->discard({GuestOffset(0), kCluster}));
+  CHECK_FALSE(disk->write_zeroes({GuestOffset(0), kCluster}, Zeroing::may_free));
+  CHECK_FALSE(disk->resize(1_GiB));
+  CHECK(read_all(*disk, GuestOffset(0), 512) == pattern(512, 1));
+  CHECK_FALSE(disk->close());
+}
+
+}  // namespace
+}  // namespace imgfuse::test
