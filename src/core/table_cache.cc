@@ -8,11 +8,14 @@ namespace imgfuse {
 namespace {
 
 constexpr size_t kMinTables = 16;  // enough for every request to pin what it needs at once
+constexpr size_t kOverhead = 256;  // the entry, its place in the hash table, and what the allocator adds
 
 }  // namespace
 
 TableCache::TableCache(Storage& storage, size_t table_bytes, uint64_t capacity_bytes)
-    : storage_(storage), table_bytes_(table_bytes), max_tables_(std::max(kMinTables, capacity_bytes / table_bytes)) {}
+    : storage_(storage),
+      table_bytes_(table_bytes),
+      max_tables_(std::max(kMinTables, capacity_bytes / (table_bytes + kOverhead))) {}
 
 TableCache::~TableCache() NO_THREAD_SAFETY_ANALYSIS {
   idle_.clear();
@@ -20,7 +23,7 @@ TableCache::~TableCache() NO_THREAD_SAFETY_ANALYSIS {
   for (auto& [offset, table] : by_offset_) delete table;
 }
 
-ConstBytes TableCache::Pin::content() const { return std::as_const(*table_->content).bytes(); }
+ConstBytes TableCache::Pin::content() const { return {table_->content.get(), cache_->table_bytes_}; }
 
 Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
   Lock lock(mutex_);
@@ -56,8 +59,8 @@ Result<TableCache::Pin> TableCache::load(HostOffset offset) {
   ++statistics_.loads;
 
   mutex_.unlock();
-  auto content = std::make_shared<Buffer>(table_bytes_);
-  Result<> read = storage_.read(offset, content->bytes());
+  auto content = std::make_shared_for_overwrite<std::byte[]>(table_bytes_);
+  Result<> read = storage_.read(offset, {content.get(), table_bytes_});
   mutex_.lock();
 
   table->content = std::move(content);
@@ -107,8 +110,8 @@ Bytes TableCache::edit(const Pin& pin, unsigned stage) {
   Table& table = *pin.table_;
   Lock lock(mutex_);
   if (table.content_frozen) {
-    auto copy = std::make_shared<Buffer>(table_bytes_);
-    std::memcpy(copy->data(), table.content->data(), table_bytes_);
+    auto copy = std::make_shared_for_overwrite<std::byte[]>(table_bytes_);
+    std::memcpy(copy.get(), table.content.get(), table_bytes_);
     table.content = std::move(copy);
     table.content_frozen = false;
   }
@@ -119,7 +122,7 @@ Bytes TableCache::edit(const Pin& pin, unsigned stage) {
     ++dirty_count_;
   }
   assert(!table.dirty || table.stage == stage);
-  return table.content->bytes();
+  return {table.content.get(), table_bytes_};
 }
 
 void TableCache::drop(HostRange range) {
@@ -165,7 +168,7 @@ Result<> TableCache::write(const Batch& batch) {
     parts.clear();
     auto next = first;
     for (; next != batch.end() && next->offset == first->offset + parts.size() * table_bytes_; ++next)
-      parts.push_back(next->content->bytes());
+      parts.emplace_back(next->content.get(), table_bytes_);
     IMG_TRY(storage_.write(first->offset, parts));
     first = next;
   }

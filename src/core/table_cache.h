@@ -10,7 +10,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include "base/buffer.h"
 #include "base/mutex.h"
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
@@ -40,6 +39,7 @@ class TableCache {
   /// What pin() does when there is neither room nor a victim.
   enum class Room { flush_for_it, exceed };
 
+  /// `capacity_bytes` counts what a table costs besides its content, too.
   TableCache(Storage& storage, size_t table_bytes, uint64_t capacity_bytes);
   ~TableCache();
   TableCache(const TableCache&) = delete;
@@ -86,7 +86,7 @@ class TableCache {
   struct Frozen {
     Table* table;
     HostOffset offset;
-    std::shared_ptr<const Buffer> content;
+    std::shared_ptr<const std::byte[]> content;
   };
   using Batch = std::vector<Frozen>;
   /// Takes all dirty tables of a stage. With the metadata lock held exclusively.
@@ -109,7 +109,7 @@ class TableCache {
  private:
   struct Table : boost::intrusive::list_base_hook<> {
     HostOffset offset;
-    std::shared_ptr<Buffer> content;  // owner's metadata lock
+    std::shared_ptr<std::byte[]> content;  // owner's metadata lock
     unsigned pins = 0;
     unsigned stage = 0;  // where it is written when dirty
     bool loading = false;

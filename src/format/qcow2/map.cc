@@ -37,6 +37,7 @@ Result<> Map::load(const Header& header, bool writable) {
   ExclusiveLock lock(image_.mutex);
   l1_offset_ = header.l1_offset;
   l1_.assign(stored.begin(), stored.end());
+  stored = {};  // a large L1 table need not be in memory twice
   const bool l1_overlaps =
       !image_.known.add(g.cluster_of(l1_offset_), l1_.empty() ? 0 : g.clusters_for(l1_.size() * 8));
   if (l1_overlaps && writable)
@@ -46,6 +47,7 @@ Result<> Map::load(const Header& header, bool writable) {
                 l1_offset_.bytes());
   if (!writable) return {};  // nothing will be written over a table
   std::vector<uint64_t> tables;
+  tables.reserve(l1_.size());
   for (uint64_t i = 0; i < l1_.size(); ++i) {
     if (!L1Entry{l1_[i]}.present()) continue;
     IMG_TRY(check_table({l1_[i]}, i));
