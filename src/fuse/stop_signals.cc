@@ -37,6 +37,10 @@ StopSignals::StopSignals(std::function<void()> on_stop) : on_stop_(std::move(on_
 StopSignals::~StopSignals() {
   post(kEnd);
   thread_.join();
+  // What is still pending, the signal that was served included, would end the process now.
+  const sigset_t set = stop_signals();
+  const timespec no_wait = {};
+  while (::sigtimedwait(&set, nullptr, &no_wait) > 0) continue;
   pthread_sigmask(SIG_SETMASK, &old_mask_, nullptr);
 }
 

@@ -3,9 +3,11 @@
 #include <dirent.h>
 #include <doctest/doctest.h>
 #include <linux/falloc.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/statvfs.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -289,6 +291,25 @@ TEST_CASE("fuse session: unmounting ends it, with one thread as with many") {
 
     CHECK(mounted.wait());
     CHECK(disk.closed());
+  }
+}
+
+TEST_CASE("fuse session: SIGTERM ends it, and nothing else") {
+  for (const int number : {SIGTERM, SIGINT, SIGHUP}) {
+    MemoryDisk disk(kSize);
+    Mounted mounted(disk, MountpointKind::file);
+    // Blocked here, so that it waits for the thread that asks for it.
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, number);
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+
+    REQUIRE(::kill(::getpid(), number) == 0);
+
+    CHECK(mounted.wait());
+    CHECK(disk.closed());
+    CHECK(!find_mount(mounted.point()));
+    pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
   }
 }
 
