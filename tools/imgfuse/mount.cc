@@ -100,6 +100,13 @@ Result<> check_allow_other(const fuse::MountOptions& options) {
               options.allow_other ? "allow_other" : "allow_root");
 }
 
+/// fusermount3 looks at the mount as root to see whether the daemon is gone, and is not let in.
+void warn_of_auto_unmount(Io& io, const MountRequest& request) {
+  const fuse::MountOptions& mount = request.mount;
+  if (mount.auto_unmount && !mount.allow_other && !mount.allow_root && ::geteuid() != 0)
+    print_warning(io, request.image, "auto_unmount works for users only together with allow_other or allow_root");
+}
+
 /// A daemon leaves its directory. Symbolic links stay: backing files are relative to the name that was given.
 void make_absolute(MountRequest& request) {
   for (std::string& directory : request.open.allowed_directories) directory = std::filesystem::absolute(directory);
@@ -128,6 +135,8 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   const auto mountpoint = find_mountpoint(request);
   if (!mountpoint) return failed(mountpoint.error());
   if (auto allowed = check_allow_other(request.mount); !allowed) return failed(allowed.error());
+
+  warn_of_auto_unmount(io, request);
 
   OpenOptions open = request.open;
   open.read_only = request.mount.read_only;
