@@ -28,7 +28,7 @@ void write_log(LogLevel level, const std::string& line) {
 }
 
 /// One byte means ready; the end of the pipe without it means that the daemon has ended.
-int wait_for_daemon(const Fd& pipe, pid_t daemon) {
+int wait_for_daemon(const UniqueFd& pipe, pid_t daemon) {
   char byte = 0;
   ssize_t length = 0;
   while ((length = ::read(pipe.get(), &byte, 1)) < 0 && errno == EINTR) continue;
@@ -48,8 +48,8 @@ std::optional<int> Background::fork() {
     std::perror("imgfuse: pipe");
     return kFailed;
   }
-  Fd from_daemon(ends[0]);
-  to_parent_ = Fd(ends[1]);
+  UniqueFd from_daemon(ends[0]);
+  to_parent_ = UniqueFd(ends[1]);
   const pid_t pid = ::fork();
   if (pid < 0) {
     std::perror("imgfuse: fork");
@@ -69,7 +69,7 @@ void Background::ready() {
   ::setsid();
   (void)!::chdir("/");
   in_background = true;
-  if (const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC)); null)
+  if (const UniqueFd null(::open("/dev/null", O_RDWR | O_CLOEXEC)); null)
     for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) ::dup2(null.get(), stream);
   (void)!::write(to_parent_.get(), "", 1);
   to_parent_.reset();

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "fuse/fd.h"
+#include "base/unique_fd.h"
 
 namespace imgfuse::fuse {
 
@@ -23,7 +23,7 @@ class Background {
   void ready();
 
  private:
-  Fd to_parent_;
+  UniqueFd to_parent_;
 };
 
 }  // namespace imgfuse::fuse

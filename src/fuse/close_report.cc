@@ -36,7 +36,7 @@ int with_address(const std::string& name, Call call) {
               static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + length));
 }
 
-Fd stream_socket() { return Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)); }
+UniqueFd stream_socket() { return UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)); }
 
 /// The abstract socket names that begin with `prefix`.
 std::vector<std::string> find_names(const std::string& prefix) {
@@ -52,14 +52,14 @@ std::vector<std::string> find_names(const std::string& prefix) {
 }
 
 /// Who listens at the other end.
-std::optional<ucred> peer(const Fd& socket) {
+std::optional<ucred> peer(const UniqueFd& socket) {
   ucred credentials = {};
   socklen_t length = sizeof credentials;
   if (::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) return std::nullopt;
   return credentials;
 }
 
-std::string read_all(const Fd& socket) {
+std::string read_all(const UniqueFd& socket) {
   std::string text;
   char piece[256];
   for (;;) {
@@ -71,7 +71,7 @@ std::string read_all(const Fd& socket) {
   }
 }
 
-void wait_for_end(const Fd& process) {
+void wait_for_end(const UniqueFd& process) {
   pollfd ended = {process.get(), POLLIN, 0};
   while (::poll(&ended, 1, -1) < 0 && errno == EINTR) continue;
 }
@@ -79,7 +79,7 @@ void wait_for_end(const Fd& process) {
 }  // namespace
 
 Result<CloseReporter> CloseReporter::listen(dev_t device) {
-  Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const std::string name = name_prefix(device) + std::to_string(::getpid());
   const auto bind = [&](const sockaddr* address, socklen_t length) { return ::bind(socket.get(), address, length); };
   if (!socket || with_address(name, bind) != 0 || ::listen(socket.get(), kBacklog) != 0)
@@ -90,7 +90,7 @@ Result<CloseReporter> CloseReporter::listen(dev_t device) {
 void CloseReporter::tell(const Result<>& closed) {
   const std::string line = closed ? std::string(kClosed) : fmt::format("{}{}\n", kErrorPrefix, closed.error().text());
   while (true) {
-    const Fd connection(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    const UniqueFd connection(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!connection && errno == ECONNABORTED) continue;
     if (!connection) return;
     (void)::send(connection.get(), line.data(), line.size(), MSG_NOSIGNAL);
@@ -101,7 +101,7 @@ std::vector<CloseWaiter> CloseWaiter::connect(dev_t device, uid_t user) {
   std::vector<CloseWaiter> waiters;
   const std::string prefix = name_prefix(device);
   for (const std::string& name : find_names(prefix)) {
-    Fd socket = stream_socket();
+    UniqueFd socket = stream_socket();
     const auto connect = [&](const sockaddr* address, socklen_t length) {
       return ::connect(socket.get(), address, length);
     };
@@ -109,7 +109,7 @@ std::vector<CloseWaiter> CloseWaiter::connect(dev_t device, uid_t user) {
     const auto daemon = peer(socket);
     if (!daemon || (daemon->uid != user && daemon->uid != 0)) continue;
     if (std::to_string(daemon->pid) != name.substr(prefix.size())) continue;
-    Fd process(static_cast<int>(::syscall(SYS_pidfd_open, daemon->pid, 0)));  // glibc 2.36 declares it for C only
+    UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, daemon->pid, 0)));  // glibc 2.36 declares it for C only
     if (process) waiters.push_back(CloseWaiter(std::move(socket), std::move(process)));
   }
   return waiters;

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "fuse/fd.h"
+#include "base/unique_fd.h"
 #include "imgfuse/error.h"
 
 namespace imgfuse::fuse {
@@ -24,8 +24,8 @@ class CloseReporter {
   void tell(const Result<>& closed);
 
  private:
-  explicit CloseReporter(Fd socket) : socket_(std::move(socket)) {}
-  Fd socket_;
+  explicit CloseReporter(UniqueFd socket) : socket_(std::move(socket)) {}
+  UniqueFd socket_;
 };
 
 /// The end of those who wait for one daemon.
@@ -39,9 +39,9 @@ class CloseWaiter {
   Result<> wait();
 
  private:
-  CloseWaiter(Fd socket, Fd process) : socket_(std::move(socket)), process_(std::move(process)) {}
-  Fd socket_;
-  Fd process_;
+  CloseWaiter(UniqueFd socket, UniqueFd process) : socket_(std::move(socket)), process_(std::move(process)) {}
+  UniqueFd socket_;
+  UniqueFd process_;
 };
 
 }  // namespace imgfuse::fuse

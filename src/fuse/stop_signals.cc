@@ -29,8 +29,8 @@ sigset_t stop_signals() {
 StopSignals::StopSignals(std::function<void()> on_stop) : on_stop_(std::move(on_stop)) {
   const sigset_t set = stop_signals();
   pthread_sigmask(SIG_BLOCK, &set, &old_mask_);
-  signals_ = Fd(::signalfd(-1, &set, SFD_CLOEXEC));
-  events_ = Fd(::eventfd(0, EFD_CLOEXEC));
+  signals_ = UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC));
+  events_ = UniqueFd(::eventfd(0, EFD_CLOEXEC));
   thread_ = std::thread([this] { wait(); });
 }
 

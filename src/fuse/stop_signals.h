@@ -4,7 +4,7 @@
 #include <functional>
 #include <thread>
 
-#include "fuse/fd.h"
+#include "base/unique_fd.h"
 
 namespace imgfuse::fuse {
 
@@ -28,8 +28,8 @@ class StopSignals {
 
   std::function<void()> on_stop_;
   sigset_t old_mask_ = {};
-  Fd signals_;
-  Fd events_;
+  UniqueFd signals_;
+  UniqueFd events_;
   std::thread thread_;
 };
 

@@ -5,8 +5,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/unique_fd.h"
 #include "imgfuse/error.h"
-#include "storage/unique_fd.h"
 
 namespace imgfuse {
 

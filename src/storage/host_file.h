@@ -9,8 +9,8 @@
 #include <string>
 #include <string_view>
 
+#include "base/unique_fd.h"
 #include "imgfuse/storage.h"
-#include "storage/unique_fd.h"
 
 namespace imgfuse {
 

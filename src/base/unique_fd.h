@@ -22,6 +22,7 @@ class UniqueFd {
 
   int get() const { return fd_; }
   explicit operator bool() const { return fd_ >= 0; }
+  void reset() { *this = UniqueFd(); }
 
  private:
   int fd_ = -1;
