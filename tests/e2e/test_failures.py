@@ -6,7 +6,7 @@ import threading
 import time
 import unittest
 
-from harness import MiB, ImageCase, attempt, by_scale, run
+from harness import MiB, ImageCase, attempt, by_scale, run, sha256
 
 BLOCK = 4096
 
@@ -19,25 +19,32 @@ def block_content(number, version):
 
 
 class History:
-    """Which versions each block may have: the last one known to be durable, and all that were written after it."""
+    """Which versions each block may have: the last one known to be durable, and all that were tried after it."""
 
     def __init__(self):
         self.possible = {}
+        self.acknowledged = {}
         self.version = 0
 
-    def writing(self, number):
+    def write(self, fd, number):
+        """Writes the next version of a block."""
         self.version += 1
-        self.possible.setdefault(number, [0]).append(self.version)
-        return block_content(number, self.version)
+        version = self.version
+        self.possible.setdefault(number, [0]).append(version)
+        os.pwrite(fd, block_content(number, version), number * BLOCK)
+        self.acknowledged[number] = version
 
-    def cut(self):
-        """What an fsync that starts now makes durable."""
-        return {number: versions[-1] for number, versions in self.possible.items()}
-
-    def durable(self, cut):
-        for number, version in cut.items():
+    def sync(self, fd):
+        """An fsync makes durable what was acknowledged before it."""
+        acknowledged, self.acknowledged = self.acknowledged, {}
+        os.fsync(fd)
+        for number, version in acknowledged.items():
             versions = self.possible[number]
             del versions[:versions.index(version)]
+
+    def crash(self):
+        """What was acknowledged and not synced may be lost."""
+        self.acknowledged = {}
 
 
 class Writer(threading.Thread):
@@ -55,10 +62,8 @@ class Writer(threading.Thread):
             while True:
                 for _ in range(self.random.randrange(1, 40)):
                     number = self.first + self.random.randrange(self.count) * self.stride
-                    os.pwrite(fd, self.history.writing(number), number * BLOCK)
-                cut = self.history.cut()
-                os.fsync(fd)
-                self.history.durable(cut)
+                    self.history.write(fd, number)
+                self.history.sync(fd)
                 self.syncs += 1
         except OSError:  # the daemon is dead
             pass
@@ -109,6 +114,8 @@ class Kill(FailureCase):
                 writer.join(30)
                 self.assertFalse(writer.is_alive(), 'a request hangs after the death of the daemon')
             mount.bury()
+            for history in histories:
+                history.crash()
             self.assertTrue(any(writer.syncs for writer in writers), 'no fsync came through')
 
             if consistent and image.suffix == '.qcow2':
@@ -146,19 +153,43 @@ class Kill(FailureCase):
     def test_writeback_cache(self):
         self.kill_under_load(self.qcow2('disk.qcow2', '512M'), '-o', 'writeback_cache')
 
-    def test_lazy_refcounts_are_repaired_on_the_next_open(self):
-        image = self.qcow2('disk.qcow2', '512M', '-o', 'lazy_refcounts=on')
-        self.kill_under_load(image, consistent=False)
-        self.assert_clean(image)
+    def test_lazy_refcounts(self):
+        self.kill_under_load(self.qcow2('disk.qcow2', '512M', '-o', 'lazy_refcounts=on'), consistent=False)
 
     def test_raw(self):
         self.kill_under_load(self.raw('disk.img', 512 * MiB), '--format', 'raw')
 
 
+class Dirty(FailureCase):
+    """Lazy refcounts: QEMU died with the image open, and its reference counts are not up to date."""
+
+    def setUp(self):
+        super().setUp()
+        self.image = self.qcow2('disk.qcow2', '64M', '-o', 'lazy_refcounts=on')
+        attempt('qemu-io', '-f', 'qcow2', '-c', 'write -P 7 3M 5M', '-c', 'flush', '-c', 'abort', self.image)
+        self.assertEqual(attempt('qemu-img', 'check', self.image).status, 2)
+
+    def test_opening_for_writing_repairs(self):
+        mount = self.mount(self.image)
+        with open(mount.disk, 'rb') as disk:
+            self.assertEqual(disk.read()[3 * MiB:8 * MiB], b'\7' * (5 * MiB))
+        mount.unmount()
+        self.assert_clean(self.image)
+        self.assertIn('"dirty-flag": false', run('qemu-img', 'info', '--output=json', self.image))
+
+    def test_opening_for_reading_leaves_it_alone(self):
+        before = sha256(self.image)
+        mount = self.mount(self.image, '-r')
+        with open(mount.disk, 'rb') as disk:
+            self.assertEqual(disk.read()[3 * MiB:8 * MiB], b'\7' * (5 * MiB))
+        mount.unmount()
+        self.assertEqual(sha256(self.image), before)
+
+
 class FullHost(FailureCase):
     """The image lies on a small file system."""
 
-    def make(self, kind, megabytes, image_size='1G', *options):
+    def make(self, kind, megabytes, *options, size='1G'):
         small = self.path('small')
         small.mkdir()
         if kind == 'tmpfs':
@@ -170,7 +201,7 @@ class FullHost(FailureCase):
         self.ballast = small / 'ballast'
         self.ballast.write_bytes(os.urandom(6 * MiB))
         image = small / 'disk.qcow2'
-        run('qemu-img', 'create', '-q', '-f', 'qcow2', *options, image, image_size)
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', *options, image, size)
         return image
 
     def fill(self, mount, stride):
@@ -179,12 +210,9 @@ class FullHost(FailureCase):
         fd = mount.open()
         try:
             for n in range(100000):
-                number = n * stride
-                os.pwrite(fd, history.writing(number), number * BLOCK)
+                history.write(fd, n * stride)
                 if n % 16 == 15:
-                    cut = history.cut()
-                    os.fsync(fd)
-                    history.durable(cut)
+                    history.sync(fd)
         except OSError as failure:
             error = failure
         finally:
@@ -194,16 +222,17 @@ class FullHost(FailureCase):
         return history
 
     def full_host(self, kind, *options, stride=1):
-        image = self.make(kind, 24, '1G', *options)
+        image = self.make(kind, 24, *options, size='64G')
         mount = self.mount(image)
         history = self.fill(mount, stride)
         self.verify(mount.disk, [history])
 
         self.ballast.unlink()
-        latched = not self.goes_on(mount, history)
+        self.goes_on(mount, history)  # or it is latched
         status = attempt('umount', mount.point)
         self.assertEqual(status.status, 0, status)
         mount.wait_gone()
+        history.crash()
         self.assert_no_corruption(image)
 
         mount = self.mount(image)
@@ -212,17 +241,14 @@ class FullHost(FailureCase):
         self.verify(mount.disk, [history])
         mount.unmount()
         self.assert_no_corruption(image)
-        return latched
 
     def goes_on(self, mount, history):
         """Whether writes and fsync work; either all of them, or none is acknowledged."""
         fd = mount.open()
         try:
             for number in range(50, 90):
-                os.pwrite(fd, history.writing(number), number * BLOCK)
-            cut = history.cut()
-            os.fsync(fd)
-            history.durable(cut)
+                history.write(fd, number)
+            history.sync(fd)
             return True
         except OSError as error:
             self.assertIn(error.errno, (errno.ENOSPC, errno.EIO))
