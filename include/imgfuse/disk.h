@@ -67,10 +67,8 @@ class Disk {
   /// The guest no longer needs the range: whole clusters in it read as zeros afterwards and are freed, the rest is
   /// left alone.
   Result<> discard(GuestRange range);
-  /// Makes the range local to this layer without changing what it reads as.
+  /// Makes the range local to this layer, with host space for every cluster of it, without changing what it reads as.
   Result<> populate(GuestRange range);
-  /// Gives every cluster of the range host space (fallocate), without changing what it reads as.
-  Result<> allocate(GuestRange range) { return populate(range); }
   /// Extents that cover the front of `range`, in order, without gaps; neighbours that could be one are merged.
   /// Stops early after `max_extents`. Looks through the whole chain.
   Result<std::vector<Extent>> map(GuestRange range, size_t max_extents = 1024);

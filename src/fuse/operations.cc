@@ -175,7 +175,7 @@ void sync(fuse_req_t raw_request, fuse_ino_t number, int, fuse_file_info*) {
 Result<> allocate(Disk& disk, off_t offset, uint64_t length, bool keep_size) {
   const uint64_t end = static_cast<uint64_t>(offset) + length;
   if (end > disk.size() && !keep_size) IMG_TRY(disk.resize(end));
-  return disk.allocate(clip(disk, offset, length));
+  return disk.populate(clip(disk, offset, length));
 }
 
 Result<> change_space(Disk& disk, int mode, off_t offset, uint64_t length) {
