@@ -18,7 +18,13 @@ namespace imgfuse::test {
 namespace {
 
 /// What the disk starts from.
-enum class Start { empty, backing, snapshot, compressed };
+enum class Start {
+  empty,
+  backing,
+  snapshot,  ///< every cluster is shared with one
+  compressed,
+  crowded,  ///< the next writes need a longer refcount table
+};
 
 struct Scenario {
   uint32_t cluster_size;
@@ -27,7 +33,7 @@ struct Scenario {
   Start start;
   uint64_t weight = 1;  ///< share of the states; images of large clusters are slow
   std::string text() const {
-    const char* starts[] = {"empty", "backing", "snapshot", "compressed"};
+    const char* starts[] = {"empty", "backing", "snapshot", "compressed", "crowded"};
     return fmt::format("cluster size {}, {} refcount bits, version {}, start {}", cluster_size, refcount_bits, version,
                        starts[static_cast<int>(start)]);
   }
@@ -65,8 +71,10 @@ struct Beginning {
   MemImage content;  ///< what the guest reads
 };
 
-uint64_t disk_size(uint32_t cluster_size) {
-  const uint64_t coverage = uint64_t{cluster_size} / 8 * cluster_size;
+uint64_t disk_size(const Scenario& scenario) {
+  const uint64_t cluster_size = scenario.cluster_size;
+  if (scenario.start == Start::crowded) return 4_MiB;
+  const uint64_t coverage = cluster_size / 8 * cluster_size;
   return std::min<uint64_t>(coverage * 3, 300_MiB) + round_down(cluster_size / 2, 512);  // ends inside a cluster
 }
 
@@ -86,7 +94,7 @@ MemImage random_content(uint64_t size, const std::vector<GuestRange>& windows, R
 
 Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows, const TemporaryDirectory& directory,
                 Rng& rng) {
-  const uint64_t size = disk_size(scenario.cluster_size);
+  const uint64_t size = disk_size(scenario);
   Qcow2Spec spec{size, scenario.cluster_size, scenario.refcount_bits, scenario.version, {}};
   Beginning beginning;
   beginning.content.resize(size);
@@ -119,6 +127,15 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
       beginning.image = MemImage::load(image);
       break;
     }
+    case Start::crowded: {  // 64 refcount table entries of 64 clusters each
+      auto storage = std::make_shared<MemStorage>(make_qcow2(spec));
+      auto disk = must(open_qcow2(storage));
+      for (uint64_t at = 1_MiB; must(storage->size()) < 2_MiB - 10_KiB; at += 4096)
+        must(disk->write(GuestOffset(at), pattern(4096, at)));
+      must(disk->close());
+      beginning.image = storage->image();
+      break;
+    }
     case Start::compressed:
       beginning.content = random_content(size, windows, rng);
       beginning.content.save(directory / "start.raw");
@@ -146,7 +163,7 @@ class CrashRun {
   }
 
   void go(uint64_t states) {
-    const uint64_t size = disk_size(scenario_.cluster_size);
+    const uint64_t size = disk_size(scenario_);
     const uint64_t clusters = scenario_.cluster_size <= 4096 ? 40 : scenario_.cluster_size <= 65536 ? 6 : 2;
     const std::vector<GuestRange> windows = windows_for(size, scenario_.cluster_size, clusters);
     const Beginning beginning = begin(scenario_, windows, directory_, rng_);
@@ -282,6 +299,7 @@ std::vector<Scenario> scenarios() {
       for (const Start start : {Start::snapshot, Start::compressed})
         all.push_back({cluster_size, bits, 3, start, weight});
   }
+  for (int i = 0; i < 4; ++i) all.push_back({512, 64, 3, Start::crowded, 1});
   if (!have_qemu_img())
     std::erase_if(all, [](const Scenario& s) { return s.start == Start::snapshot || s.start == Start::compressed; });
   return all;
