@@ -22,7 +22,7 @@ struct MountOptions {
   bool auto_unmount = false;
   bool synchronous = false;      ///< mount(8)'s sync: every write is followed by an fsync
   bool direct_io = false;        ///< the kernel caches nothing of the presented file
-  bool writeback_cache = false;  ///< the kernel holds written data back until an fsync, or a while
+  bool writeback_cache = false;  ///< the kernel holds written data back; writes past the end then fail at fsync
   bool single_threaded = false;
   bool clone_fd = false;
   bool debug = false;

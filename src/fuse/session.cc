@@ -129,15 +129,16 @@ Result<> Session::attach() {
 Result<> Session::serve(std::function<void()> on_ready) {
   std::thread attendant([this, &on_ready] { attend(on_ready); });
 
-  Result<> looped = loop();
+  const Result<> looped = loop();
   phase_ = Phase::ended;
   phase_.notify_all();
   stop_counting_ = true;
   fuse_session_unmount(session_);  // also ends calls of our own threads into the mount
   attendant.join();
 
-  Result<> closed = disk_.close();
-  if (!closed) log_error("{}: {}", image_, closed.error().text());
+  const Result<> closed = disk_.close();
+  for (const Result<>* result : {&looped, &closed})
+    if (!*result) log_error("{}: {}", image_, result->error().text());
   if (reporter_) reporter_->tell(closed);
   return closed ? looped : closed;
 }

@@ -40,8 +40,8 @@ class Session {
   ~Session();
 
   /// Serves until somebody unmounts, SIGTERM, SIGINT or SIGHUP comes, or stop() is called; then unmounts, closes the
-  /// disk, and tells the ones who wait in `imgfuse umount`. Returns what closing returned. `on_ready` is called, in
-  /// another thread, when the file can be used.
+  /// disk, and tells the ones who wait in `imgfuse umount`. Returns the error of closing, if any; it is in the log too.
+  /// `on_ready` is called, in another thread, when the file can be used.
   Result<> serve(std::function<void()> on_ready);
   /// Any thread, while serve() runs or before.
   void stop();

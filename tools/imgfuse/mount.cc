@@ -153,8 +153,7 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
     if (auto closed = (*disk)->close(); !closed) failed(closed.error());
     return status;
   }
-  const auto served = (*session)->serve([&] { background.ready(); });
-  return served ? kSuccess : failed(served.error());
+  return (*session)->serve([&] { background.ready(); }) ? kSuccess : kFailure;  // it has logged the error
 }
 
 int mount(Io& io, MountRequest& request) {
