@@ -14,6 +14,7 @@
 #include <string>
 #include <thread>
 
+#include "base/unique_fd.h"
 #include "fuse/session.h"
 
 namespace imgfuse::fuse {
@@ -95,7 +96,7 @@ class Open {
   }
 
  private:
-  Fd fd_;
+  UniqueFd fd_;
 };
 
 }  // namespace imgfuse::fuse
