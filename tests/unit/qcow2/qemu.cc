@@ -8,6 +8,9 @@
 
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <span>
+
+#include "base/endian.h"
 
 namespace imgfuse::test {
 namespace {
@@ -68,8 +71,14 @@ QemuCheck qemu_check(const MemImage& image) {
   const TemporaryFile file;
   const TemporaryFile errors;
   image.save(file.path());
-  // Opened without its backing file, which a check does not read.
-  const Output output = run(fmt::format("qemu-img check --output=json -f qcow2 {} 2>{}", file.path(), errors.path()));
+  be<uint32_t> crypt_method;
+  image.read(32, std::as_writable_bytes(std::span(&crypt_method, 1)));
+  const std::string what = crypt_method == 0
+                               ? "-f qcow2 " + file.path()
+                               : "--object secret,id=s,data=x --image-opts driver=qcow2,encrypt.format=luks,"
+                                 "encrypt.key-secret=s,file.filename=" +
+                                     file.path();
+  const Output output = run(fmt::format("qemu-img check --output=json {} 2>{}", what, errors.path()));
   QemuCheck check;
   check.status = output.status;
   check.errors = run("cat " + errors.path()).text;
