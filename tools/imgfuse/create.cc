@@ -1,7 +1,6 @@
 // imgfuse create: make a new image.
 #include <fmt/format.h>
 
-
 #include "command.h"
 #include "imgfuse/create.h"
 #include "text.h"
