@@ -1,0 +1,41 @@
+#!/bin/sh
+# Makes the corpus anew. Needs qemu-img, qemu-io, gzip and zstd.
+set -eu
+cd "$(dirname "$0")/corpus"
+mkdir -p qcow2 codec
+cd qcow2
+create() { shift; qemu-img create -q -f qcow2 "$@"; }
+io() { qemu-io -f qcow2 -c "$2" "$1" >/dev/null; }
+
+create plain.qcow2 -o cluster_size=512 plain.qcow2 64k
+io plain.qcow2 "write 1k 2k"
+create v2.qcow2 -o cluster_size=512,compat=0.10 v2.qcow2 64k
+io v2.qcow2 "write 0 1k"
+create wide.qcow2 -o cluster_size=512,refcount_bits=64 wide.qcow2 64k
+io wide.qcow2 "write 0 5k"
+create narrow.qcow2 -o cluster_size=512,refcount_bits=1 narrow.qcow2 64k
+io narrow.qcow2 "write 0 1k"
+create snapshots.qcow2 -o cluster_size=512 snapshots.qcow2 64k
+io snapshots.qcow2 "write 0 1k"
+qemu-img snapshot -c one snapshots.qcow2
+io snapshots.qcow2 "write 512 1k"
+qemu-img snapshot -c two snapshots.qcow2
+create bitmap.qcow2 -o cluster_size=512 bitmap.qcow2 64k
+qemu-img bitmap --add -g 512 bitmap.qcow2 dirty
+io bitmap.qcow2 "write 1k 1k"
+seq 1 500 > text
+qemu-img convert -f raw -O qcow2 -c -o cluster_size=512 text zlib.qcow2
+qemu-img convert -f raw -O qcow2 -c -o cluster_size=512,compression_type=zstd text zstd.qcow2
+create names.qcow2 -u -b base.img -F raw -o cluster_size=8192 names.qcow2 64k
+create zeroes.qcow2 -o cluster_size=512,lazy_refcounts=on zeroes.qcow2 64k
+io zeroes.qcow2 "write -z 0 4k"
+io zeroes.qcow2 "write 8k 1k"
+io zeroes.qcow2 "write -z 8k 512"
+
+cd ../codec
+mv ../qcow2/text .
+gzip -nc text | tail -c +11 > text.deflate
+zstd -qc text > text.zst
+head -c 200 text | zstd -qc > two.zst
+head -c 312 text | zstd -qc >> two.zst
+rm text
