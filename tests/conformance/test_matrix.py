@@ -94,6 +94,9 @@ class Matrix(ImageCase):
     def check_map(self, image):
         ours = imgfuse_json('map', '--json', image)
         theirs = json.loads(run('qemu-img', 'map', '--output=json', image))
+        for extent in theirs:
+            if extent['data']:
+                extent['zero'] = False  # QEMU looks for holes of the host where it guesses a preallocated image
         self.assertEqual(merged(ours, theirs), merged(theirs, ours))
 
     def assert_shared_keys_equal(self, ours, theirs):
