@@ -106,9 +106,12 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
     case Start::backing:
       spec.backing = "backing.raw";
       beginning.image = make_qcow2(spec);
-      beginning.content = random_content(size, windows, rng);
-      beginning.backing = beginning.content;
-      beginning.backing.resize(size - scenario.cluster_size * 3 / 2 / 512 * 512);  // shorter than the overlay
+      beginning.backing = random_content(size, windows, rng);
+      if (rng.one_in(2)) {  // longer than the overlay: what growth gains must not show it
+        beginning.backing.write(size, pattern(scenario.cluster_size * 4, rng.next()));
+      } else {
+        beginning.backing.resize(size - scenario.cluster_size * 3 / 2 / 512 * 512);
+      }
       beginning.content = beginning.backing;
       beginning.content.resize(size);
       break;

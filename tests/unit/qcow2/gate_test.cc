@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include "support/builders.h"
+#include "support/crash_storage.h"
 #include "support/gate_storage.h"
 #include "support/order_storage.h"
 #include "support/qcow2_view.h"
@@ -226,6 +227,27 @@ TEST_CASE("qcow2: flushes that arrive during a flush share the next one") {
   for (auto& flush : flushes) must(flush.get());
   CHECK(d.memory->counts().flushes <= 3);  // two cycles, and the second has no tables to write
   d.close();
+}
+
+TEST_CASE("qcow2: a flush that arrives during a flush covers what was written before it arrived") {
+  auto crash = std::make_shared<CrashStorage>(make_qcow2({}));
+  auto gates = std::make_shared<GateStorage>(crash);
+  auto disk = must(open_qcow2(gates));
+  must(disk->write(GuestOffset(0), pattern(kCluster, 1)));
+  must(disk->flush());
+  const auto gate = gates->hold(Call::flush, Point::after);  // the running flush is done but for telling so
+  auto first = in_background([&] { return disk->flush(); });
+  gate->wait_for_arrival();
+
+  must(disk->write(GuestOffset(0), pattern(512, 2)));
+  auto second = in_background([&] { return disk->flush(); });
+  CHECK(waits(second));
+  gate->open();
+  must(first.get());
+  must(second.get());
+
+  CHECK(crash->pending() == 0);
+  must(disk->close());
 }
 
 TEST_CASE("qcow2: a table that is being loaded survives evictions, and is loaded once") {
