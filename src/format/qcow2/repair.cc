@@ -88,11 +88,12 @@ Result<> Repairer::edit_blocks(F f) {
 /// References that could not be followed are somewhere among the leaks, so no leak may be freed: the larger stored
 /// counts become the truth.
 Result<> Repairer::keep_unexplained_counts() {
-  return edit_blocks([&](uint64_t cluster, uint64_t stored) {
+  IMG_TRY(edit_blocks([&](uint64_t cluster, uint64_t stored) {
     const uint64_t counted = survey().references.get(cluster);
     if (stored > counted) survey().references.add(cluster, stored - counted);
     return stored;
-  });
+  }));
+  return survey().check_budget();
 }
 
 Result<> Repairer::adjust_counts(Direction direction) {

@@ -30,10 +30,9 @@ class Surveyor {
   Result<> count_l2_tables();
   Result<> count_bitmaps();
   void count_encryption_header();
-  void count_structure(const char* what, HostRange range);
+  bool count_structure(const char* what, HostRange range);
   Result<> load_refcount_table();
   void count_refcount_blocks();
-  Result<> check_budget() const;
 
  private:
   /// An L2 table, and how often it is reached.
@@ -77,13 +76,6 @@ Result<> Surveyor::measure_file() {
   if (survey_.file_clusters > ReferenceCounts::kMaxClusters)
     return fail(ErrorCode::invalid, "the file has {} clusters, a check can count {}", survey_.file_clusters,
                 ReferenceCounts::kMaxClusters);
-  return {};
-}
-
-Result<> Surveyor::check_budget() const {
-  if (survey_.budget.exhausted())
-    return fail(ErrorCode::no_space, "counting the references of this image takes more than {} MiB of memory",
-                Survey::kMemory >> 20);
   return {};
 }
 
@@ -135,8 +127,10 @@ void Surveyor::count_overlapping(const std::vector<HostRange>& tables) {
   }
 }
 
-void Surveyor::count_structure(const char* what, HostRange range) {
-  if (count(range, 1, [&] { return what; })) mark_metadata(range);
+bool Surveyor::count_structure(const char* what, HostRange range) {
+  if (!count(range, 1, [&] { return what; })) return false;
+  mark_metadata(range);
+  return true;
 }
 
 /// Counts the L1 tables themselves and what their entries point at. Snapshots' tables may overlap each other and the
@@ -165,7 +159,7 @@ Result<> Surveyor::count_l1_tables(const SnapshotTable& snapshots) {
     IMG_TRY(scan_table(storage_, stretch.range, [&](uint64_t first, Entries entries) {
       for (size_t i = 0; i < entries.size(); ++i)
         if (entries[i] != 0) visit_l1_entry(begin + (first + i) * 8, entries[i], stretch.times, is_active);
-      return check_budget();
+      return survey_.check_budget();
     }));
   }
   return {};
@@ -205,7 +199,7 @@ Result<> Surveyor::count_l2_tables() {
     IMG_TRY(scan_table(storage_, {table.offset, cluster_size_}, [&](uint64_t first, Entries entries) {
       for (size_t i = 0; i < entries.size(); ++i)
         if (entries[i] != 0) visit_l2_entry(table, first + i, entries[i]);
-      return check_budget();
+      return survey_.check_budget();
     }));
   }
   return {};
@@ -292,7 +286,7 @@ Result<> Surveyor::count_bitmaps() {
     IMG_TRY(scan_table(storage_, stretch.range, [&](uint64_t first, Entries entries) {
       for (size_t i = 0; i < entries.size(); ++i)
         if (entries[i] != 0) visit_bitmap_entry(stretch.range.begin + (first + i) * 8, entries[i], stretch.times);
-      return check_budget();
+      return survey_.check_budget();
     }));
   }
   return {};
@@ -313,7 +307,7 @@ void Surveyor::visit_bitmap_entry(HostOffset at, uint64_t raw, uint64_t times) {
 /// At most 8 MiB, as the header's check has made sure.
 Result<> Surveyor::load_refcount_table() {
   const uint64_t bytes = header_.refcount_table_clusters * cluster_size_;
-  if (!survey_.budget.take(bytes)) return check_budget();
+  if (!survey_.budget.take(bytes)) return survey_.check_budget();
   survey_.refcount_table.assign(bytes / 8, 0);
   return scan_table(storage_, {header_.refcount_table_offset, bytes}, [&](uint64_t first, Entries entries) {
     std::copy(entries.begin(), entries.end(), survey_.refcount_table.begin() + static_cast<ptrdiff_t>(first));
@@ -350,6 +344,12 @@ void Surveyor::count_refcount_blocks() {
 
 }  // namespace
 
+Result<> Survey::check_budget() const {
+  if (!budget.exhausted()) return {};
+  return fail(ErrorCode::no_space, "counting the references of this image takes more than {} MiB of memory",
+              kMemory >> 20);
+}
+
 bool Survey::metadata_overlaps(uint64_t cluster) const {
   const uint64_t tables = l2_tables.get(cluster);
   const bool holds_metadata = tables != 0 || metadata.get(cluster) != 0;
@@ -375,11 +375,11 @@ Result<> take_survey(Storage& storage, const Header& header, const SnapshotTable
   IMG_TRY(surveyor.count_bitmaps());
   IMG_TRY(surveyor.load_refcount_table());
   if (refcount_structures == RefcountStructures::counted) {
-    surveyor.count_structure("the refcount table",
-                             {header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size()});
+    const HostRange table{header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size()};
+    if (!surveyor.count_structure("the refcount table", table)) survey.must_rebuild = true;
     surveyor.count_refcount_blocks();
   }
-  return surveyor.check_budget();
+  return survey.check_budget();
 }
 
 }  // namespace imgfuse::qcow2

@@ -33,6 +33,8 @@ struct Survey {
   bool must_rebuild = false;             ///< the refcount structures are damaged beyond repair in place
   bool lost_references = false;          ///< some entries could not be followed: what they meant is among the leaks
 
+  /// An error if the counts are not complete.
+  Result<> check_budget() const;
   /// More than what may share this cluster: metadata has one owner, an L2 table as many as there are L1 entries.
   bool metadata_overlaps(uint64_t cluster) const;
   /// Where the block for the index-th stretch of clusters lies; 0 where there is no usable one.

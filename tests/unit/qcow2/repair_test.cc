@@ -100,6 +100,7 @@ const Damage kMendable[] = {
     {"refcount table over the header", [](S& s) { poke<uint64_t>(s.image, 48, 0); }},
     {"refcount table on the L1 table", [](S& s) { poke<uint64_t>(s.image, 48, S::kL1); }},
     {"refcount table past the end of the file", [](S& s) { poke<uint64_t>(s.image, 48, 0x40000000); }},
+    {"refcount table cut off by the end of the file", [](S& s) { poke<uint32_t>(s.image, 56, 100); }},
     {"refcount table full of noise", [](S& s) { s.image.write(S::kRefcountTable, pattern(S::kCluster)); }},
     {"refcount block full of noise", [](S& s) { s.image.write(S::kRefcountBlock, pattern(S::kCluster)); }},
     {"dirty, with stale counts",
