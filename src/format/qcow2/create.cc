@@ -16,6 +16,8 @@
 namespace imgfuse::qcow2 {
 namespace {
 
+constexpr uint64_t kSector = 512;
+
 /// A run of host clusters.
 struct Run {
   uint64_t first = 0;
@@ -122,38 +124,37 @@ Result<Layout> plan(const Header& header, Preallocation preallocation) {
   return layout;
 }
 
+/// Only what is not zero; the rest of each structure is zero already.
 Result<> write_refcounts(Storage& storage, const Header& header, const Layout& layout) {
   TableWriter table(storage, layout.offset(layout.refcount_table));
   for (uint64_t i = 0; i < layout.refcount_blocks.count; ++i)
     IMG_TRY(table.entry((layout.refcount_blocks.first + i) * layout.cluster_size));
-  IMG_TRY(table.pad(layout.cluster_size));
   IMG_TRY(table.finish());
 
   const uint64_t per_block = header.refcounts_per_block();
   const uint32_t bits = 1u << header.refcount_order;
   Buffer block = Buffer::zeroed(layout.cluster_size);
-  const uint64_t used_first = std::min(per_block, layout.total());
-  for (uint64_t k = 0; k < used_first; ++k) set_refcount(block.bytes(), k, bits, 1);
-  const uint64_t last = layout.refcount_blocks.count - 1;
-  for (uint64_t i = 0; i <= last; ++i) {
+  uint64_t filled = 0;
+  for (uint64_t i = layout.refcount_blocks.count; i-- > 0;) {  // the last one first: it is the shortest
     const uint64_t used = std::min(per_block, layout.total() - i * per_block);
-    for (uint64_t k = used; i == last && k < used_first; ++k) set_refcount(block.bytes(), k, bits, 0);
-    IMG_TRY(storage.write(HostOffset((layout.refcount_blocks.first + i) * layout.cluster_size), block.bytes()));
+    for (; filled < used; ++filled) set_refcount(block.bytes(), filled, bits, 1);
+    const uint64_t bytes = round_up(divide_up(used * bits, 8), kSector);
+    IMG_TRY(storage.write(HostOffset((layout.refcount_blocks.first + i) * layout.cluster_size),
+                          block.bytes().first(bytes)));
   }
   return {};
 }
 
-/// The L1 table and, if there are any, the L2 tables, linked to the data clusters.
-Result<> write_mapping(Storage& storage, const Header& header, const Layout& layout) {
-  if (layout.l2.count == 0) return layout.l1.count == 0 ? Result<>{} : storage.write_zeroes(layout.range(layout.l1));
-  TableWriter tables(storage, layout.offset(layout.l1));
-  for (uint64_t i = 0; i < header.l1_entries; ++i)
-    IMG_TRY(tables.entry(L1Entry::of(layout.offset(layout.l2) + i * layout.cluster_size).raw));
-  IMG_TRY(tables.pad(layout.cluster_size));
+/// The L2 tables, linked to the data clusters, and the L1 table that points at them.
+Result<> write_mapping(Storage& storage, const Layout& layout) {
+  TableWriter l1(storage, layout.offset(layout.l1));
+  for (uint64_t i = 0; i < layout.l2.count; ++i)
+    IMG_TRY(l1.entry(L1Entry::of(layout.offset(layout.l2) + i * layout.cluster_size).raw));
+  IMG_TRY(l1.finish());
+  TableWriter l2(storage, layout.offset(layout.l2));
   for (uint64_t i = 0; i < layout.data.count; ++i)
-    IMG_TRY(tables.entry(L2Entry::normal(layout.offset(layout.data) + i * layout.cluster_size).raw));
-  IMG_TRY(tables.pad(layout.cluster_size));
-  return tables.finish();
+    IMG_TRY(l2.entry(L2Entry::normal(layout.offset(layout.data) + i * layout.cluster_size).raw));
+  return l2.finish();
 }
 
 Result<> write_zero_data(Storage& storage, HostRange range) {
@@ -165,24 +166,28 @@ Result<> write_zero_data(Storage& storage, HostRange range) {
   return {};
 }
 
-/// Space for the data clusters. Beyond the end of a file it reads as zeros; a block device is full of old bytes.
-Result<> prepare_data(Storage& storage, HostRange data, Preallocation preallocation) {
-  if (data.empty()) return {};
-  if (preallocation == Preallocation::full) return write_zero_data(storage, data);
-  if (!storage.info().extensible) return storage.write_zeroes(data);
-  if (preallocation == Preallocation::falloc) return storage.allocate(data);
-  return storage.resize(data.end().bytes());
+/// Zeros everywhere, and nothing that opens until the new header is written. A file gets its size, and reads as zeros;
+/// a device is full of old bytes.
+Result<> clear(Storage& storage, const Layout& layout) {
+  IMG_LET(const uint64_t old_size, storage.size());
+  const uint64_t size = layout.total() * layout.cluster_size;
+  const bool extensible = storage.info().extensible;
+  if (!extensible && old_size < size)
+    return fail(ErrorCode::no_space, "the image needs {} bytes, {} has {}", size, storage.info().name, old_size);
+  if (old_size != 0) {
+    IMG_TRY(storage.write_zeroes({HostOffset(0), layout.cluster_size}));
+    IMG_TRY(storage.flush());
+  }
+  if (!extensible) return storage.write_zeroes({HostOffset(0), size});
+  IMG_TRY(storage.resize(0));
+  return storage.resize(size);
 }
 
-/// Whatever the storage holds opens as nothing until the new header is written.
-Result<> disown_old_content(Storage& storage, const Layout& layout) {
-  IMG_LET(const uint64_t size, storage.size());
-  const uint64_t needed = layout.total() * layout.cluster_size;
-  if (!storage.info().extensible && size < needed)
-    return fail(ErrorCode::no_space, "the image needs {} bytes, {} has {}", needed, storage.info().name, size);
-  if (size == 0) return {};
-  IMG_TRY(storage.write_zeroes({HostOffset(0), layout.cluster_size}));
-  return storage.flush();
+Result<> preallocate_data(Storage& storage, HostRange data, Preallocation preallocation) {
+  if (data.empty()) return {};
+  if (preallocation == Preallocation::full) return write_zero_data(storage, data);
+  if (preallocation == Preallocation::falloc) return storage.allocate(data);
+  return {};
 }
 
 Result<> check_version_2(const CreateOptions& options) {
@@ -246,12 +251,12 @@ Result<> create(Storage& storage, const CreateOptions& options) {
   header.refcount_table_clusters = static_cast<uint32_t>(layout.refcount_table.count);
   if (header.l1_entries != 0) header.l1_offset = layout.offset(layout.l1);
   IMG_LET(std::vector<std::byte> first_cluster, encode_header(header));
-  first_cluster.resize(layout.cluster_size);
+  first_cluster.resize(round_up(first_cluster.size(), kSector));
 
-  IMG_TRY(disown_old_content(storage, layout));
+  IMG_TRY(clear(storage, layout));
   IMG_TRY(write_refcounts(storage, header, layout));
-  IMG_TRY(write_mapping(storage, header, layout));
-  IMG_TRY(prepare_data(storage, layout.range(layout.data), options.preallocation));
+  IMG_TRY(write_mapping(storage, layout));
+  IMG_TRY(preallocate_data(storage, layout.range(layout.data), options.preallocation));
   IMG_TRY(storage.flush());
   IMG_TRY(storage.write(HostOffset(0), first_cluster));
   return storage.flush();

@@ -11,7 +11,7 @@
 
 namespace imgfuse::qcow2 {
 
-/// One table, or several that lie one behind the other. Call finish() at the end. One thread.
+/// Call finish() at the end. One thread.
 class TableWriter {
  public:
   TableWriter(Storage& storage, HostOffset begin) : storage_(storage), next_(begin) {}
@@ -21,12 +21,6 @@ class TableWriter {
     std::memcpy(piece_.data() + used_, &raw, sizeof raw);
     used_ += sizeof raw;
     return used_ == piece_.size() ? finish() : Result<>{};
-  }
-
-  /// Zero entries up to the next multiple of `unit` bytes in the storage.
-  Result<> pad(uint64_t unit) {
-    while ((next_.bytes() + used_) % unit != 0) IMG_TRY(entry(0));
-    return {};
   }
 
   Result<> finish() {
