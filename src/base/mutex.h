@@ -1,11 +1,12 @@
 // Mutexes that clang's -Wthread-safety understands, and that know their place in the order of locks.
 #pragma once
 
+#include <pthread.h>
+
 #include <cassert>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <shared_mutex>
 
 #if defined(__clang__)
 #define IMG_THREAD_ANNOTATION(x) __attribute__((x))
@@ -83,7 +84,30 @@ class CAPABILITY("mutex") RankedMutex {
 };
 
 using Mutex = RankedMutex<std::mutex>;
-using SharedMutex = RankedMutex<std::shared_mutex>;
+/// As std::shared_mutex, but a waiting writer goes before readers that come later: glibc's default lets a steady stream
+/// of readers keep writers out for ever. A thread must not share it twice.
+class WriterFirstMutex {
+ public:
+  WriterFirstMutex() {
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&lock_, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
+  }
+  ~WriterFirstMutex() { pthread_rwlock_destroy(&lock_); }
+  WriterFirstMutex(const WriterFirstMutex&) = delete;
+  WriterFirstMutex& operator=(const WriterFirstMutex&) = delete;
+
+  void lock() { pthread_rwlock_wrlock(&lock_); }
+  void unlock() { pthread_rwlock_unlock(&lock_); }
+  void lock_shared() { pthread_rwlock_rdlock(&lock_); }
+  void unlock_shared() { pthread_rwlock_unlock(&lock_); }
+
+ private:
+  pthread_rwlock_t lock_;
+};
+using SharedMutex = RankedMutex<WriterFirstMutex>;
 
 /// Holds a mutex for a scope; may be dropped and taken again inside it, and waited on with ConditionVariable.
 template <class M>

@@ -42,34 +42,36 @@ Result<Reservation> Allocator::reserve(uint64_t wanted) {
 
 /// Goes through the counts slice by slice, and makes the block for the first region that has none.
 Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
-  for (uint64_t at = from;;) {
-    IMG_TRY(check_end(at + 1));
+  IMG_LET(const uint64_t limit, end_limit());
+  for (uint64_t at = from; at < limit;) {
     IMG_LET(Refcounts::Slice slice, refcounts_.slice_of(at));
     if (!slice.pin) {
       IMG_TRY(make_block(at));
       continue;
     }
-    IMG_LET(Reservation found, try_slice(slice, at, wanted));
+    IMG_LET(Reservation found, try_slice(slice, at, wanted, limit));
     if (found.clusters() > 0) {
       found.slice_ = std::move(slice);  // its pin: giving the clusters back must not need I/O
-      IMG_TRY(check_end(image_.geometry.cluster_of(found.host()) + found.clusters()));
       return found;
     }
     at = slice.first + slice.count;
   }
+  return fail(ErrorCode::no_space, "no cluster is free below the largest host offset, {:#x}",
+              limit << image_.geometry.cluster_bits);
 }
 
-Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted) {
+Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted,
+                                         uint64_t limit) {
   ExclusiveLock lock(image_.mutex);
   const uint64_t slice_end = slice.first + slice.count;
   uint64_t first = std::max(from, slice.first);
   while (first < slice_end && refcounts_.get(slice, first) != 0) ++first;
   if (from <= lowest_free_) lowest_free_ = std::max(lowest_free_, first);
   uint64_t end = first;
-  while (end < slice_end && end - first < wanted && refcounts_.get(slice, end) == 0) ++end;
+  while (end < std::min(slice_end, limit) && end - first < wanted && refcounts_.get(slice, end) == 0) ++end;
 
   Reservation found;
-  if (first == end) return found;
+  if (first >= end) return found;
   if (image_.known.overlaps(first, end - first))
     return fail(
         ErrorCode::corrupt,
@@ -87,6 +89,11 @@ Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t
 }
 
 Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
+  if (count > refcounts_.longest_run())
+    return fail(ErrorCode::unsupported,
+                "a table of {} contiguous clusters is more than clusters of {} bytes allow; copy "
+                "the disk to an image with larger clusters",
+                count, image_.geometry.cluster_size);
   Lock searching(search_);
   IMG_LET(const uint64_t file_size, image_.storage.size());
   std::vector<Reservation> run;
@@ -118,15 +125,12 @@ Result<> Allocator::make_block(uint64_t cluster) {
   return {};
 }
 
-Result<> Allocator::check_end(uint64_t end_cluster) {
-  if (end_cluster > kMaxHostOffset >> image_.geometry.cluster_bits)
-    return fail(ErrorCode::no_space, "the image has reached the largest file size of the format");
-  if (!image_.storage.info().extensible) {
-    IMG_LET(const uint64_t size, image_.storage.size());
-    if (end_cluster > size >> image_.geometry.cluster_bits)
-      return fail(ErrorCode::no_space, "the device is full: {} bytes", size);
-  }
-  return {};
+/// No cluster from here on can be had.
+Result<uint64_t> Allocator::end_limit() {
+  const uint64_t largest = kMaxHostOffset >> image_.geometry.cluster_bits;
+  if (image_.storage.info().extensible) return largest;
+  IMG_LET(const uint64_t size, image_.storage.size());
+  return std::min(largest, size >> image_.geometry.cluster_bits);
 }
 
 /// The clusters were never reachable, so they are free at once.
@@ -149,11 +153,15 @@ void Allocator::quarantine(HostOffset host, uint64_t clusters, HostSpace space) 
   quarantine_.push_back({first, clusters, space});
 }
 
-Allocator::Freed Allocator::take_quarantine() NO_THREAD_SAFETY_ANALYSIS { return std::exchange(quarantine_, {}); }
+Allocator::Freed Allocator::take_quarantine() NO_THREAD_SAFETY_ANALYSIS {
+  releasing_ = !quarantine_.empty();
+  return std::exchange(quarantine_, {});
+}
 
 void Allocator::keep(Freed freed) {
   ExclusiveLock lock(image_.mutex);
   quarantine_.insert(quarantine_.end(), freed.begin(), freed.end());
+  releasing_ = false;
 }
 
 bool Allocator::wants_flush() const {
@@ -163,7 +171,7 @@ bool Allocator::wants_flush() const {
 
 bool Allocator::has_quarantine() const {
   SharedLock lock(image_.mutex);
-  return !quarantine_.empty();
+  return !quarantine_.empty() || releasing_;
 }
 
 Result<> Allocator::release(Freed freed) {
@@ -193,10 +201,15 @@ Result<> Allocator::release(Freed freed) {
         const uint64_t count = refcounts_.get(slice, cluster);
         if (count > 0) refcounts_.set(slice, cluster, count - 1);
       }
-      if (last_reference) lowest_free_ = std::min(lowest_free_, first);
+      if (last_reference) {
+        lowest_free_ = std::min(lowest_free_, first);
+        fresh_from_ = std::max(fresh_from_, run_end);  // also where a foreign entry pointed past the file's end
+      }
       first = run_end;
     }
   }
+  ExclusiveLock lock(image_.mutex);
+  releasing_ = false;
   return {};
 }
 

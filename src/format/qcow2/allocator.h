@@ -82,9 +82,10 @@ class Allocator {
  private:
   friend class Reservation;
   Result<Reservation> search(uint64_t from, uint64_t wanted) REQUIRES(search_);
-  Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted) EXCLUDES(image_.mutex);
+  Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted, uint64_t limit)
+      EXCLUDES(image_.mutex);
   Result<> make_block(uint64_t cluster) REQUIRES(search_);
-  Result<> check_end(uint64_t end_cluster);
+  Result<uint64_t> end_limit();
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
 
   Image& image_;
@@ -95,6 +96,7 @@ class Allocator {
   uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
   uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
+  bool releasing_ GUARDED_BY(image_.mutex) = false;  // a flush cycle has taken some out to free them
 };
 
 }  // namespace imgfuse::qcow2

@@ -69,6 +69,15 @@ Result<> Map::check_table(L1Entry l1, uint64_t index) const {
   return {};
 }
 
+/// A table past the end would read as zeros: a file that was cut off would look like an empty disk.
+Result<> Map::check_in_file(L1Entry l1, uint64_t index) const {
+  IMG_LET(const uint64_t file_size, image_.storage.size());
+  if (l1.table().bytes() >= file_size)
+    return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, past the end of the file ({:#x})", index,
+                l1.table().bytes(), file_size);
+  return {};
+}
+
 Result<> Map::check_entry(L2Entry entry, GuestOffset guest) const {
   const Geometry& g = image_.geometry;
   const auto bad = [&](const char* what) {
@@ -126,6 +135,7 @@ Result<Mapping> Map::lookup(GuestRange range) {
       nothing.length = std::min(range.length, coverage_left);
       return nothing;
     }
+    IMG_TRY(check_in_file(l1, l1_index));
     const SlicePlace where = place(l1, range.begin);
     IMG_LET(const TableCache::Pin slice, image_.tables.pin(where.offset));
     SharedLock lock(image_.mutex);
@@ -169,6 +179,7 @@ Result<TableCache::Pin> Map::writable_slice(GuestOffset guest) {
       IMG_TRY(make_table(l1_index));
       continue;
     }
+    IMG_TRY(check_in_file(l1, l1_index));
     IMG_LET(TableCache::Pin slice, image_.tables.pin(place(l1, guest).offset));
     SharedLock lock(image_.mutex);
     if (L1Entry{l1_[l1_index]} == l1) return slice;
@@ -204,8 +215,10 @@ Result<> Map::make_table(uint64_t l1_index) {
   dirty_l1_.push_back(l1_index);
   image_.known.add(g.cluster_of(table.begin));
   cluster.commit();
-  // The old table stays in `known`: a snapshot still uses it.
-  if (old.present()) allocator_.quarantine(old.table(), 1, HostSpace::keep);
+  if (old.present()) {
+    image_.known.remove(g.cluster_of(old.table()));
+    allocator_.quarantine(old.table(), 1, HostSpace::keep);
+  }
   return {};
 }
 

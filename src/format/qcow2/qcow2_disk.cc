@@ -10,6 +10,11 @@
 #include "core/codec.h"
 
 namespace imgfuse::qcow2 {
+namespace {
+
+constexpr unsigned kMaxMapLookups = 4096;
+
+}  // namespace
 
 Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters)
     : storage_(std::move(storage)),
@@ -153,7 +158,8 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
     extents.push_back(next);
   };
   // No lease: the answer may be out of date when it arrives in any case, and nothing is read but tables.
-  while (!range.empty() && extents.size() <= max_extents) {
+  // Neighbours merge, so the number of extents does not bound the work.
+  for (unsigned lookups = 0; !range.empty() && extents.size() <= max_extents && lookups < kMaxMapLookups; ++lookups) {
     IMG_LET(const Mapping run, map_.lookup(range));
     GuestRange part{range.begin, run.length};
     Extent extent{.range = part};

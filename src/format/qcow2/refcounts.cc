@@ -126,11 +126,18 @@ void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) {
   set_refcount(image_.tables.edit(slice.pin, kCountStage), cluster - slice.first, image_.geometry.refcount_bits, value);
 }
 
+uint64_t Refcounts::blocks_at_once() const {
+  const Geometry& g = image_.geometry;
+  return std::clamp<uint64_t>(kBlocksAheadBytes / (g.refcounts_per_block * g.cluster_size), 1,
+                              std::max<uint64_t>(1, g.refcounts_per_block / 2));
+}
+
+uint64_t Refcounts::longest_run() const { return blocks_at_once() * (image_.geometry.refcounts_per_block - 1); }
+
 Result<uint64_t> Refcounts::create_block(uint64_t cluster) {
   const Geometry& g = image_.geometry;
   const uint64_t index = cluster / g.refcounts_per_block;
-  const uint64_t wanted = std::clamp<uint64_t>(kBlocksAheadBytes / (g.refcounts_per_block * g.cluster_size), 1,
-                                               std::max<uint64_t>(1, g.refcounts_per_block / 2));
+  const uint64_t wanted = blocks_at_once();
   uint64_t count = 0;
   {
     SharedLock lock(image_.mutex);

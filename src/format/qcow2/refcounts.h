@@ -37,10 +37,14 @@ class Refcounts {
   /// to three host flushes, but seldom. One caller at a time. Returns the end of the clusters that it wrote to.
   Result<uint64_t> create_block(uint64_t cluster);
 
+  /// Most contiguous clusters that there can be between the blocks that create_block() makes.
+  uint64_t longest_run() const;
+
   /// Tables that were replaced by longer ones since the last call: unreachable, and to be freed.
   std::vector<HostRange> take_replaced_tables();
 
  private:
+  uint64_t blocks_at_once() const;
   Result<uint64_t> create_blocks_in_table(uint64_t index, uint64_t count);
   Result<uint64_t> grow_table(uint64_t index);
   Result<> write_blocks(uint64_t index, uint64_t count, uint64_t used_clusters);
