@@ -1,4 +1,5 @@
-"""Counts the doctest cases in a log that `meson test` wrote (JSON, one test program a line)."""
+"""Counts the cases in a log that `meson test` wrote (JSON, a line for each test program): those that doctest reports, or
+one for a program of another kind."""
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ def count(path):
             bad = sum(int(f) for _, f in summaries)
             if program['result'] != 'OK' and bad == 0:
                 bad = 1  # it crashed, leaked or ran out of time
+            elif not summaries:
+                good = 1
             passed += good
             failed += bad
     return passed, failed
