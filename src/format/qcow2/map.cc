@@ -49,8 +49,8 @@ Result<> Map::load(const Header& header, bool writable) {
   std::vector<uint64_t> tables;
   tables.reserve(l1_.size());
   for (uint64_t i = 0; i < l1_.size(); ++i) {
-    if (!L1Entry{l1_[i]}.present()) continue;
     IMG_TRY(check_table({l1_[i]}, i));
+    if (!L1Entry{l1_[i]}.present()) continue;
     tables.push_back(g.cluster_of(L1Entry{l1_[i]}.table()));
   }
   if (uint64_t twice = image_.known.add_all(tables); twice != 0)
@@ -120,7 +120,7 @@ Result<L1Entry> Map::l1_entry(GuestOffset guest) const {
   SharedLock lock(image_.mutex);
   if (index >= l1_.size()) return L1Entry{};
   const L1Entry entry{l1_[index]};
-  if (entry.present()) IMG_TRY(check_table(entry, index));
+  IMG_TRY(check_table(entry, index));
   return entry;
 }
 
