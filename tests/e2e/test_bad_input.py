@@ -463,7 +463,7 @@ class Surroundings(BadInputCase):
         small = self.path('small')
         small.mkdir()
         run('mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', small)
-        outcome = attempt(IMGFUSE, 'create', '-f', 'qcow2', small / 'disk.qcow2', '1G')
+        outcome = attempt(IMGFUSE, 'create', '-o', 'preallocation=full', small / 'disk.qcow2', '1M')
         self.assertEqual(outcome.status, 1, outcome)
         self.assertIn('o space', outcome.err)
         self.assertFalse((small / 'disk.qcow2').exists())
