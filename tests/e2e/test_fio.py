@@ -57,7 +57,7 @@ class Verify(ImageCase):
         image = self.qcow2('disk.qcow2', '%dM' % (2 * self.megabytes))
         mount = self.mount(image)
         half = '%dM' % self.megabytes
-        elsewhere = ('--bs=64k', '--size=' + half, '--offset=' + half, '--time_based', '--runtime=8')
+        elsewhere = ('--bs=64k', '--size=' + half, '--offset=' + half, '--time_based', '--runtime=3')
         self.fio('--filename=%s' % mount.disk,
                  '--name=verify', '--ioengine=libaio', '--iodepth=16', '--rw=randwrite', '--bs=4k', '--size=' + half,
                  '--verify=crc32c', '--do_verify=1',
