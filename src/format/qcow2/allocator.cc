@@ -175,7 +175,18 @@ bool Allocator::has_quarantine() const {
 }
 
 Result<> Allocator::release(Freed freed) {
-  for (const FreedClusters& run : freed) {
+  // In host order neighbours are punched together, whatever the order in which they were freed.
+  std::sort(freed.begin(), freed.end(),
+            [](const FreedClusters& x, const FreedClusters& y) { return x.first < y.first; });
+  Freed runs;
+  for (const FreedClusters& next : freed) {
+    if (!runs.empty() && runs.back().first + runs.back().count == next.first && runs.back().space == next.space) {
+      runs.back().count += next.count;
+    } else {
+      runs.push_back(next);
+    }
+  }
+  for (const FreedClusters& run : runs) {
     const uint64_t end = run.first + run.count;
     for (uint64_t first = run.first; first < end;) {
       // Room::exceed: this runs inside a flush cycle, which cannot wait for another.
