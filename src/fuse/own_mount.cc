@@ -35,8 +35,8 @@ Result<> write_back(const std::string& path, dev_t device) {
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     struct stat attributes;
     if (fd < 0 || ::fstat(fd, &attributes) != 0) return errno;
-    if (attributes.st_dev != device || ::fsync(fd) == 0) return 0;
-    return errno;
+    if (attributes.st_dev != device) return ESTALE;  // hidden by another mount: what is dirty in ours stays unwritten
+    return ::fsync(fd) == 0 ? 0 : errno;
   });
 }
 

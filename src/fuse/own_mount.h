@@ -15,7 +15,7 @@
 
 namespace imgfuse::fuse {
 
-/// Has the kernel write what it holds of the file (mmap, write-back cache), and waits. Does nothing if `path` is no
+/// Has the kernel write what it holds of the file (mmap, write-back cache), and waits. An error if `path` is no
 /// longer a file of `device`. (syncfs would not do: since Linux 6.18 it does not wait for FUSE.)
 Result<> write_back(const std::string& path, dev_t device);
 

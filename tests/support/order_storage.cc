@@ -55,6 +55,8 @@ void OrderStorage::apply(const Change& change, MemImage& image) {
 template <class Call>
 Result<> OrderStorage::make(Change change, bool discards, Call call) {
   Changes::iterator pending;
+  const uint64_t offset = change.offset;
+  const uint64_t length = change.length;
   {
     Lock lock(mutex_);
     change.number = ++last_number_;
@@ -68,9 +70,14 @@ Result<> OrderStorage::make(Change change, bool discards, Call call) {
     }
   }
   Result<> result = call();
+  std::vector<std::byte> left;  // by a call that failed: whatever the storage reads as now counts as written
+  if (!result) {
+    left.resize(length);
+    (void)inner_->read(HostOffset(offset), left);
+  }
   Lock lock(mutex_);
   pending->returned = true;
-  if (!result) give_up(pending);
+  if (!result) give_up(pending, std::move(left));
   return result;
 }
 
@@ -113,11 +120,10 @@ Result<> OrderStorage::flush() {
   return {};
 }
 
-/// The call failed: some of it may have been written. Whatever the storage reads as now counts as written.
-void OrderStorage::give_up(Changes::iterator change) {
+/// The call failed: some of it may have been written.
+void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left) {
   change->is_write = true;
-  change->data.resize(change->length);
-  (void)inner_->read(HostOffset(change->offset), change->data);
+  change->data = std::move(left);
   apply(*change, current_);
   std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
   start_epoch();

@@ -74,7 +74,7 @@ class OrderStorage final : public Storage {
   void check_refcount_table(const Change& change) REQUIRES(mutex_);
   void check_counts() REQUIRES(mutex_);
   void check_shown(const Reference& reference) REQUIRES(mutex_);
-  void give_up(Changes::iterator change) REQUIRES(mutex_);
+  void give_up(Changes::iterator change, std::vector<std::byte> left) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
   bool shows_content(uint64_t cluster) const REQUIRES(mutex_);
   template <class F>

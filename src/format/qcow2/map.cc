@@ -308,11 +308,11 @@ uint64_t Map::l1_entries() const {
   return l1_.size();
 }
 
-bool Map::has_tables_from(GuestOffset guest) const {
+GuestOffset Map::tables_end() const {
   SharedLock lock(image_.mutex);
-  for (uint64_t i = divide_up(guest.bytes(), image_.geometry.l2_coverage); i < l1_.size(); ++i)
-    if (L1Entry{l1_[i]}.present()) return true;
-  return false;
+  uint64_t entries = l1_.size();
+  while (entries > 0 && !L1Entry{l1_[entries - 1]}.present()) --entries;
+  return GuestOffset(entries * image_.geometry.l2_coverage);
 }
 
 std::vector<std::byte> Map::encode_l1(uint64_t entries) const {

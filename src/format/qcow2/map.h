@@ -56,8 +56,8 @@ class Map {
   void keep_l1(const L1Changes& changes);
 
   uint64_t l1_entries() const;
-  /// Whether an L2 table maps anything at or past `guest`.
-  bool has_tables_from(GuestOffset guest) const;
+  /// The end of what the last L2 table maps: nothing is mapped from there on.
+  GuestOffset tables_end() const;
   /// The L1 table as it would lie on disk with `entries` entries.
   std::vector<std::byte> encode_l1(uint64_t entries) const;
   /// The L1 table was copied to `offset` with `entries` entries and the header points there: the old one is freed.

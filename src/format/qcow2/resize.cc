@@ -22,13 +22,12 @@ Result<> Qcow2Disk::do_resize(uint64_t size) {
     return fail(ErrorCode::unsupported, "shrinking from {} to {} bytes is not supported", old_size, size);
   if (header_.version < 3 && header_.snapshot_count > 0)
     return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
-  if (map_.has_tables_from(GuestOffset(old_size)))
-    return fail(ErrorCode::unsupported, "the image holds a saved virtual machine state behind the disk's end");
 
   if (const uint64_t needed = divide_up(size, g.l2_coverage); needed > map_.l1_entries()) IMG_TRY(grow_l1(needed));
-  // What lies behind the old end, old content of the last cluster or a longer backing file, must read as zeros.
-  const uint64_t table_end = round_up(old_size, g.l2_coverage);
-  const uint64_t dirty_end = round_up(std::min(size, std::max(table_end, backing_size_)), g.cluster_size);
+  // What lies behind the old end must read as zeros: old content of the last cluster, a longer backing file, what a
+  // growth left that did not succeed, or half of a virtual machine state that was never saved.
+  const uint64_t dirty_end =
+      round_up(std::min(size, std::max(map_.tables_end().bytes(), backing_size_)), g.cluster_size);
   if (dirty_end > old_size) IMG_TRY(zero_range({GuestOffset(old_size), dirty_end - old_size}, Zeroing::may_free));
   IMG_TRY(flusher_.flush());
   return write_size(size);

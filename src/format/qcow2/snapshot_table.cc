@@ -1,7 +1,6 @@
 #include "format/qcow2/snapshot_table.h"
 
 #include <algorithm>
-#include <cstring>
 #include <span>
 
 #include "base/math.h"
@@ -18,7 +17,8 @@ constexpr size_t kWantedExtra = 16;  // the two sizes
 void read_extra(const Header& header, Snapshot& snapshot) {
   const size_t size = snapshot.extra.size();
   wire::SnapshotExtra extra;
-  std::memcpy(&extra, snapshot.extra.data(), std::min(size, sizeof extra));
+  std::ranges::copy(std::span(snapshot.extra).first(std::min(size, sizeof extra)),
+                    std::as_writable_bytes(std::span(&extra, 1)).begin());
   snapshot.info.disk_size = header.size;
   if (size >= offsetof(wire::SnapshotExtra, disk_size)) snapshot.info.vm_state_size = extra.vm_state_size;
   if (size >= offsetof(wire::SnapshotExtra, icount)) snapshot.info.disk_size = extra.disk_size;

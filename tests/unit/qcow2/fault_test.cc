@@ -267,6 +267,33 @@ TEST_CASE("qcow2: growing may fail at any call") {
                       }});
 }
 
+TEST_CASE("qcow2: a growth that failed can be repeated, and shows nothing of a longer backing file") {
+  for (const uint32_t version : {2u, 3u}) {
+    CAPTURE(version);
+    const MemImage image = make_qcow2({.size = 64_KiB, .cluster_size = 512, .version = version, .backing = "base"});
+    MemImage backing;
+    backing.write(0, pattern(512_KiB));
+    for (uint64_t n = 1;; ++n) {
+      CAPTURE(n);
+      auto memory = std::make_shared<MemStorage>(image);
+      auto faults = std::make_shared<FaultStorage>(memory);
+      auto disk = must(open_qcow2(std::make_shared<OrderStorage>(faults, image), {.backing = backing}));
+      faults->fail_call(n, ErrorCode::no_space);
+      (void)disk->resize(256_KiB);
+      const bool fired = faults->fired();
+      faults->heal();
+      (void)disk->close();  // an error if the disk latched
+
+      disk = must(open_qcow2(std::make_shared<OrderStorage>(memory), {.backing = backing}));
+      must(disk->resize(320_KiB));
+      CHECK(read_all(*disk, GuestOffset(64_KiB), 256_KiB) == std::vector<std::byte>(256_KiB));
+      must(disk->close());
+      CHECK(check_image(memory->image()).corruptions == 0);
+      if (!fired) break;
+    }
+  }
+}
+
 TEST_CASE("qcow2: a write to clusters shared with a snapshot may fail at any call") {
   Situation s = with_data();
   const std::optional<MemImage> image = with_snapshot(s.image);
