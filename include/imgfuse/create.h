@@ -6,11 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "imgfuse/disk.h"
 #include "imgfuse/error.h"
 
 namespace imgfuse {
-
-enum class Preallocation { off, metadata, falloc, full };
 
 struct CreateOptions {
   std::string format = "qcow2";                  ///< "qcow2" or "raw"
@@ -22,6 +21,9 @@ struct CreateOptions {
   uint32_t cluster_size = 65536;
   uint32_t refcount_bits = 16;
   bool lazy_refcounts = false;
+  bool extended_l2 = false;               ///< 32 subclusters per cluster; clusters of 16 KiB or more
+  std::optional<std::string> data_file;   ///< guest data lies there; stored as given, made if it is not there
+  bool data_file_raw = false;             ///< the data file alone equals the disk
   std::string compression_type = "zlib";  ///< "zlib" or "zstd"
   Preallocation preallocation = Preallocation::off;
 };

@@ -12,6 +12,9 @@
 
 namespace imgfuse {
 
+class Bitmaps;
+class Snapshots;
+
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
 struct DiskInfo {
   std::string name;           ///< the image's path, for messages
@@ -38,8 +41,17 @@ struct Extent {
   HostOffset host;  ///< in that layer's file; only with has_host_offset
 };
 
+/// How much of a new area gets host space at once: nothing, tables only, reserved space, written zeros.
+enum class Preallocation { off, metadata, falloc, full };
+
 /// Whether zeroed clusters may give up their host space.
 enum class Zeroing { keep_allocation, may_free };
+
+/// How resize() goes about it.
+struct ResizeOptions {
+  bool shrink = false;                               ///< what lies behind the new end may be lost
+  Preallocation preallocation = Preallocation::off;  ///< of the area that is added
+};
 
 /// One virtual disk, the top of its backing chain.
 ///
@@ -76,7 +88,7 @@ class Disk {
   void set_write_through() { write_through_ = true; }
   /// Everything acknowledged before the call is durable when it returns. Concurrent calls share the work.
   Result<> flush();
-  Result<> resize(uint64_t size);
+  Result<> resize(uint64_t size, ResizeOptions options = {});
   /// Writes everything out, marks the image clean where its format has such a mark, and drops the locks. No other
   /// call may follow. A writable disk must be closed before it is destroyed.
   Result<> close();
@@ -84,6 +96,10 @@ class Disk {
   uint64_t allocated() const { return do_allocated(); }
   /// Makes allocated() exact. Reads all tables, in small steps beside other requests; stops early when `stop` is set.
   Result<> count_allocated(const std::atomic<bool>& stop) { return do_count_allocated(stop); }
+  /// Internal snapshots, where the format has them (else null). They live as long as the disk is open.
+  virtual Snapshots* snapshots() { return nullptr; }
+  /// Persistent dirty bitmaps, where the format has them (else null).
+  virtual Bitmaps* bitmaps() { return nullptr; }
 
  private:
   virtual DiskInfo do_info() const = 0;
@@ -94,7 +110,7 @@ class Disk {
   virtual Result<> do_populate(GuestRange range) = 0;
   virtual Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) = 0;
   virtual Result<> do_flush() = 0;
-  virtual Result<> do_resize(uint64_t size) = 0;
+  virtual Result<> do_resize(uint64_t size, ResizeOptions options) = 0;
   virtual Result<> do_close() = 0;
   virtual uint64_t do_allocated() const = 0;
   virtual Result<> do_count_allocated(const std::atomic<bool>& stop) = 0;

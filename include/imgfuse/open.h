@@ -27,6 +27,10 @@ struct OpenOptions {
   std::optional<std::string> format;          ///< not probed if given
   std::optional<std::string> backing_format;  ///< for backing files without a recorded format; never probed otherwise
   CacheMode cache = CacheMode::writeback;
+  std::optional<std::string> snapshot;  ///< id or name: present this internal snapshot; only with read_only
+  /// Whole clusters that are written are compressed: "zlib" or "zstd", which must be the image's compression type.
+  std::optional<std::string> compress;
+  uint64_t compressed_cache = uint64_t{16} << 20;  ///< bytes of decompressed clusters kept in memory
   /// Bytes of tables kept in memory for the image. Each layer below it gets half as much as the one above.
   uint64_t metadata_cache = uint64_t{32} << 20;
   /// Directories below which files that images name may lie, besides the directory of the image opened here.

@@ -65,9 +65,13 @@ Result<std::vector<Extent>> Disk::map(GuestRange range, size_t max_extents) {
 
 Result<> Disk::flush() { return do_flush(); }
 
-Result<> Disk::resize(uint64_t size) {
+Result<> Disk::resize(uint64_t size, ResizeOptions options) {
   IMG_TRY(check_writable());
-  return finish(do_resize(size));
+  if (size < this->size() && !options.shrink)
+    return fail(ErrorCode::unsupported,
+                "shrinking from {} to {} bytes loses what lies behind the new end; it has to be asked for",
+                this->size(), size);
+  return finish(do_resize(size, options));
 }
 
 Result<> Disk::close() { return do_close(); }

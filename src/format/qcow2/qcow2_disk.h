@@ -38,7 +38,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> do_populate(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
-  Result<> do_resize(uint64_t size) override;
+  Result<> do_resize(uint64_t size, ResizeOptions options) override;
   Result<> do_close() override;
   uint64_t do_allocated() const override;
   Result<> do_count_allocated(const std::atomic<bool>& stop) override;

@@ -8,7 +8,7 @@
 
 namespace imgfuse::qcow2 {
 
-Result<> Qcow2Disk::do_resize(uint64_t size) {
+Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions) {
   const Geometry& g = image_.geometry;
   const uint64_t old_size = do_size();
   if (size % 512 != 0) return fail(ErrorCode::invalid, "size {} is not a multiple of 512", size);

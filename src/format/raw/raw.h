@@ -23,6 +23,8 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
 Result<> check_create_options(const CreateOptions& options);
 /// Gives an empty storage its size and, as preallocation asks, its space.
 Result<> create(Storage& storage, const CreateOptions& options);
+/// Preallocates what is added.
+Result<> resize(Storage& storage, uint64_t old_size, uint64_t size, Preallocation preallocation);
 
 /// `filename` and `actual_size` are the caller's.
 Result<ImageInfo> info(Storage& storage);

@@ -43,7 +43,7 @@ class RawDisk final : public Disk {
   Result<> do_populate(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
-  Result<> do_resize(uint64_t size) override;
+  Result<> do_resize(uint64_t size, ResizeOptions options) override;
   Result<> do_close() override;
   uint64_t do_allocated() const override { return storage_->allocated().value_or(0); }
   Result<> do_count_allocated(const std::atomic<bool>&) override { return {}; }
@@ -160,12 +160,9 @@ Result<> RawDisk::do_flush() {
   return result;
 }
 
-Result<> RawDisk::do_resize(uint64_t size) {
+Result<> RawDisk::do_resize(uint64_t size, ResizeOptions options) {
   IMG_TRY(latch_.check());
-  if (size < size_)
-    return fail(ErrorCode::unsupported, "{} cannot shrink from {} to {} bytes: shrinking is not implemented", name_,
-                size_.load(), size);
-  IMG_TRY(storage_->resize(size));
+  IMG_TRY(raw::resize(*storage_, size_, size, options.preallocation));
   size_ = size;
   return {};
 }

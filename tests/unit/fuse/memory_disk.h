@@ -88,7 +88,7 @@ class MemoryDisk : public Disk {
     const Lock lock(mutex_);
     return status();
   }
-  Result<> do_resize(uint64_t size) override {
+  Result<> do_resize(uint64_t size, ResizeOptions) override {
     if (size < size_) return fail(ErrorCode::unsupported, "shrinking is not supported");
     grow(size);
     return {};

@@ -127,7 +127,7 @@ TEST_CASE("raw: holes are zeros of this layer, with an offset, as qemu-img says"
   CHECK(must(disk->map({GuestOffset(0), 64_KiB}, 2)).size() == 2);
 }
 
-TEST_CASE("raw: a disk grows and does not shrink") {
+TEST_CASE("raw: a disk grows, and shrinks when that is asked for") {
   auto storage = make_storage(pattern(5000));
   OpenRaw disk(storage);
 
@@ -138,6 +138,12 @@ TEST_CASE("raw: a disk grows and does not shrink") {
   REQUIRE(!shrunk);
   CHECK(shrunk.error().code() == ErrorCode::unsupported);
   CHECK(disk->size() == 9000);
+
+  must(disk->resize(512, {.shrink = true}));
+  CHECK(disk->size() == 512);
+  must(disk->resize(1024, {.preallocation = Preallocation::full}));
+  CHECK(disk->resize(2048, {.preallocation = Preallocation::metadata}).error().code() == ErrorCode::invalid);
+  CHECK(read_all(*disk, GuestOffset(512), 512) == std::vector<std::byte>(512));
 }
 
 TEST_CASE("raw: after a failed flush writes and flushes fail, reads go on") {
