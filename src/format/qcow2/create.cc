@@ -153,7 +153,7 @@ Result<> write_mapping(Storage& storage, const Layout& layout) {
   IMG_TRY(l1.finish());
   TableWriter l2(storage, layout.offset(layout.l2));
   for (uint64_t i = 0; i < layout.data.count; ++i)
-    IMG_TRY(l2.entry(L2Entry::normal(layout.offset(layout.data) + i * layout.cluster_size).raw));
+    IMG_TRY(l2.entry(L2Format().normal(layout.offset(layout.data) + i * layout.cluster_size).raw));
   return l2.finish();
 }
 

@@ -174,8 +174,7 @@ Result<> check_tables(const Header& header, Purpose purpose) {
   IMG_TRY(check_table(header, "L1 table", 40, header.l1_offset, l1_bytes(header)));
   if (header.l1_entries != 0 && header.l1_offset == HostOffset(0))
     return fail(ErrorCode::corrupt, "L1 table offset 0 (header byte 40) is the header's own place");
-  const bool extended = (header.incompatible & kExtendedL2) != 0;
-  const uint64_t needed = divide_up(header.size, extended ? header.l2_coverage() / 2 : header.l2_coverage());
+  const uint64_t needed = divide_up(header.size, header.l2_coverage());
   if (header.l1_entries < needed)
     return fail(ErrorCode::corrupt,
                 "L1 table of {} entries (header byte 36) is too small for {} bytes of disk, which need {}",
@@ -398,8 +397,8 @@ Result<std::vector<std::byte>> encode_header(const Header& header) {
   return out;
 }
 
-uint64_t max_virtual_size(uint32_t cluster_bits) {
-  const uint64_t l2_coverage = uint64_t{1} << (2 * cluster_bits - 3);
+uint64_t max_virtual_size(uint32_t cluster_bits, bool extended_l2) {
+  const uint64_t l2_coverage = uint64_t{1} << (2 * cluster_bits - (extended_l2 ? 4 : 3));
   return kMaxL1Entries * l2_coverage;
 }
 

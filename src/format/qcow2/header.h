@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "format/qcow2/l2_entry.h"
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
 #include "imgfuse/units.h"
@@ -54,8 +55,9 @@ struct Header {
   std::vector<Extension> extensions;  ///< all but the backing format and the end marker, in file order
 
   uint64_t cluster_size() const { return uint64_t{1} << cluster_bits; }
-  /// Entries per L2 table (standard entries).
-  uint64_t l2_entries() const { return cluster_size() / 8; }
+  L2Format l2_format() const { return {(incompatible & kExtendedL2) != 0, (incompatible & kDataFile) != 0}; }
+  /// Entries per L2 table.
+  uint64_t l2_entries() const { return cluster_size() / l2_format().entry_bytes(); }
   /// Guest bytes that one L2 table maps.
   uint64_t l2_coverage() const { return cluster_size() * l2_entries(); }
   /// Reference counts per refcount block.
@@ -86,7 +88,7 @@ Result<Header> read_header(Storage& storage, Purpose purpose);
 /// nothing else when it does not fit.
 Result<std::vector<std::byte>> encode_header(const Header& header);
 
-/// Virtual size limit for a cluster size (the 32 MiB L1 limit, section 1).
-uint64_t max_virtual_size(uint32_t cluster_bits);
+/// Virtual size limit (the 32 MiB L1 limit, section 1).
+uint64_t max_virtual_size(uint32_t cluster_bits, bool extended_l2 = false);
 
 }  // namespace imgfuse::qcow2

@@ -26,6 +26,8 @@ struct Geometry {
         slice_bytes(std::min<uint64_t>(header.cluster_size(), 4096)),
         refcount_bits(1u << header.refcount_order),
         refcounts_per_block(header.refcounts_per_block()),
+        subcluster_size(header.cluster_size() / header.l2_format().subclusters()),
+        l2(header.l2_format()),
         compression(header.compression) {}
 
   uint32_t version;
@@ -36,10 +38,12 @@ struct Geometry {
   uint64_t slice_bytes;  ///< unit of caching and writing of L2 tables and refcount blocks
   uint32_t refcount_bits;
   uint64_t refcounts_per_block;
+  uint64_t subcluster_size;  ///< the cluster size without extended L2 entries
+  L2Format l2;
   Compression compression;
 
   bool has_zero_flag() const { return version >= 3; }
-  uint64_t slice_entries() const { return slice_bytes / 8; }
+  uint64_t slice_entries() const { return slice_bytes / l2.entry_bytes(); }
   /// Guest bytes mapped by one slice of an L2 table.
   uint64_t slice_coverage() const { return slice_entries() * cluster_size; }
   uint64_t l1_index(GuestOffset guest) const { return guest.bytes() / l2_coverage; }

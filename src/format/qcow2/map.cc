@@ -100,6 +100,7 @@ Result<> Map::check_entry(L2Entry entry, GuestOffset guest) const {
       if (entry.host().bytes() % g.cluster_size != 0) return bad("points into the middle of a cluster");
       if (image_.known.overlaps(g.cluster_of(entry.host()))) return bad("points at metadata");
       break;
+    case ClusterKind::reserved:
     case ClusterKind::unallocated:
     case ClusterKind::zero_plain:
       break;
@@ -257,18 +258,18 @@ void Map::change(const TableCache::Pin& slice, GuestOffset guest, uint64_t clust
 
 void Map::link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters) {
   change(slice, guest, clusters, HostSpace::keep,
-         [&](uint64_t i, L2Entry) { return L2Entry::normal(host + i * image_.geometry.cluster_size); });
+         [&](uint64_t i, L2Entry) { return image_.geometry.l2.normal(host + i * image_.geometry.cluster_size); });
 }
 
 void Map::link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters) {
   change(slice, guest, clusters, HostSpace::keep, [&](uint64_t i, L2Entry) {
-    return L2Entry{L2Entry::normal(host + i * image_.geometry.cluster_size).raw | kZeroFlag};
+    return L2Entry{image_.geometry.l2.normal(host + i * image_.geometry.cluster_size).raw | kZeroFlag};
   });
 }
 
 void Map::zero(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, bool keep) {
   change(slice, guest, clusters, HostSpace::punch, [&](uint64_t, L2Entry old) {
-    return keep && has_host(old.kind()) ? L2Entry{old.raw | kZeroFlag} : L2Entry::zero_plain();
+    return keep && has_host(old.kind()) ? L2Entry{old.raw | kZeroFlag} : image_.geometry.l2.zero_plain();
   });
 }
 

@@ -87,6 +87,7 @@ Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
       case ClusterKind::zero_allocated:
         std::memset(part.data(), 0, part.size());
         break;
+      case ClusterKind::reserved:
       case ClusterKind::unallocated:
         IMG_TRY(read_backing(offset, part));
         break;
@@ -131,6 +132,7 @@ bool Qcow2Disk::reads_zero(const Mapping& mapping, GuestRange range) const {
     case ClusterKind::zero_plain:
     case ClusterKind::zero_allocated:
       return true;
+    case ClusterKind::reserved:
     case ClusterKind::unallocated:
       return range.begin.bytes() >= backing_size_;
     case ClusterKind::normal:
@@ -181,6 +183,7 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
         extent.kind = ExtentKind::data;
         extent.allocated = extent.compressed = true;
         break;
+      case ClusterKind::reserved:
       case ClusterKind::unallocated:
         if (part.begin.bytes() < backing_size_) {
           part.length = std::min(part.length, backing_size_ - part.begin.bytes());

@@ -12,9 +12,9 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions) {
   const Geometry& g = image_.geometry;
   const uint64_t old_size = do_size();
   if (size % 512 != 0) return fail(ErrorCode::invalid, "size {} is not a multiple of 512", size);
-  if (size > max_virtual_size(g.cluster_bits))
+  if (size > max_virtual_size(g.cluster_bits, g.l2.extended))
     return fail(ErrorCode::invalid, "size {} is past the largest disk of this cluster size, {}", size,
-                max_virtual_size(g.cluster_bits));
+                max_virtual_size(g.cluster_bits, g.l2.extended));
   const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
   IMG_TRY(latch_.check());
   if (size == old_size) return {};
