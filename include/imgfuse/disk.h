@@ -81,6 +81,9 @@ class Disk {
   Result<> discard(GuestRange range);
   /// Makes the range local to this layer, with host space for every cluster of it, without changing what it reads as.
   Result<> populate(GuestRange range);
+  /// This layer gives up what it holds of the whole clusters in the range: they read as the layer below does, or as
+  /// zeros where there is none.
+  Result<> forget(GuestRange range);
   /// Extents that cover the front of `range`, in order, without gaps; neighbours that could be one are merged.
   /// Stops early after `max_extents`. Looks through the whole chain.
   Result<std::vector<Extent>> map(GuestRange range, size_t max_extents = 1024);
@@ -108,6 +111,7 @@ class Disk {
   virtual Result<> do_write(GuestOffset offset, ConstBytes data) = 0;
   virtual Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) = 0;
   virtual Result<> do_populate(GuestRange range) = 0;
+  virtual Result<> do_forget(GuestRange range);
   virtual Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) = 0;
   virtual Result<> do_flush() = 0;
   virtual Result<> do_resize(uint64_t size, ResizeOptions options) = 0;
@@ -117,6 +121,7 @@ class Disk {
 
   Result<> check_range(GuestOffset offset, uint64_t length) const;
   Result<> check_writable() const;
+  GuestRange whole_clusters(GuestRange range) const;
   /// Ends a change: flushes it in write-through mode.
   Result<> finish(Result<> change);
 

@@ -35,6 +35,9 @@ struct OpenOptions {
   uint64_t metadata_cache = uint64_t{32} << 20;
   /// Directories below which files that images name may lie, besides the directory of the image opened here.
   std::vector<std::string> allowed_directories;
+  /// The chain ends above this file, which is not opened: what only it or a file below it holds is not seen. Opening
+  /// fails if the chain does not lead there.
+  std::optional<std::string> chain_end;
 };
 
 /// Longest backing chain that is opened.

@@ -15,6 +15,15 @@ Result<> Disk::check_writable() const {
   return {};
 }
 
+/// The cluster that the end of the disk cuts counts as whole.
+GuestRange Disk::whole_clusters(GuestRange range) const {
+  const DiskInfo disk = do_info();
+  const uint64_t mask = disk.cluster_size - 1;
+  const uint64_t begin = (range.begin.bytes() + mask) & ~mask;
+  const uint64_t end = range.end().bytes() == disk.size ? disk.size : range.end().bytes() & ~mask;
+  return {GuestOffset(begin), end > begin ? end - begin : 0};
+}
+
 Result<> Disk::finish(Result<> change) {
   if (change && write_through_) return do_flush();
   return change;
@@ -42,12 +51,20 @@ Result<> Disk::write_zeroes(GuestRange range, Zeroing zeroing) {
 Result<> Disk::discard(GuestRange range) {
   IMG_TRY(check_range(range.begin, range.length));
   IMG_TRY(check_writable());
+  const GuestRange clusters = whole_clusters(range);
+  return clusters.empty() ? Result<>{} : finish(do_write_zeroes(clusters, Zeroing::may_free));
+}
+
+Result<> Disk::forget(GuestRange range) {
+  IMG_TRY(check_range(range.begin, range.length));
+  IMG_TRY(check_writable());
+  const GuestRange clusters = whole_clusters(range);
+  return clusters.empty() ? Result<>{} : finish(do_forget(clusters));
+}
+
+Result<> Disk::do_forget(GuestRange) {
   const DiskInfo disk = do_info();
-  const uint64_t mask = disk.cluster_size - 1;
-  const uint64_t begin = (range.begin.bytes() + mask) & ~mask;
-  const uint64_t end = range.end().bytes() == disk.size ? disk.size : range.end().bytes() & ~mask;
-  if (begin >= end) return {};
-  return finish(do_write_zeroes({GuestOffset(begin), end - begin}, Zeroing::may_free));
+  return fail(ErrorCode::unsupported, "{} is {}, which has no layer below it", disk.name, disk.format);
 }
 
 Result<> Disk::populate(GuestRange range) {

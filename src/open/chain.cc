@@ -1,9 +1,13 @@
 #include "open/chain.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
+
+#include "base/unique_fd.h"
+#include "storage/host_file.h"
 
 namespace imgfuse {
 namespace {
@@ -18,8 +22,14 @@ LockRole lock_role(const OpenOptions& options, bool writable) {
 Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOptions& options) {
   IMG_LET(const Layer top, open_top(path, options, !options.read_only));
   IMG_LET(Chain chain, Chain::below(path, options));
+  IMG_TRY(chain.find_end());
   chain.add_top(top);
-  return chain.open_disk(top, options.read_only);
+  IMG_LET(auto disk, chain.open_disk(top, options.read_only));
+  if (auto reached = chain.check_end_reached(); !reached) {
+    (void)disk->close();
+    return fail(reached.error());
+  }
+  return disk;
 }
 
 }  // namespace
@@ -48,6 +58,19 @@ Result<Chain> Chain::below(const std::string& path, const OpenOptions& options) 
 
 bool Chain::contains(FileId file) const { return std::find(files_.begin(), files_.end(), file) != files_.end(); }
 
+Result<> Chain::find_end() {
+  if (!options_.chain_end) return {};
+  const UniqueFd fd(::open(options_.chain_end->c_str(), O_PATH | O_CLOEXEC));
+  if (!fd) return fail(host_error(errno, *options_.chain_end));
+  IMG_LET(end_, file_id(fd.get()));
+  return {};
+}
+
+Result<> Chain::check_end_reached() const {
+  if (!end_ || end_reached_) return {};
+  return fail(ErrorCode::invalid, "{} is not in its backing chain", *options_.chain_end);
+}
+
 /// Never probed: the first bytes of a raw backing file are the guest's to choose.
 Result<const Format*> Chain::recorded_format(const std::optional<std::string>& format) const {
   if (format) return format_by_name(*format);
@@ -73,6 +96,14 @@ Result<Layer> Chain::open_named(const std::string& naming_path, const std::strin
   return layer;
 }
 
+Result<bool> Chain::is_end(const std::string& naming_path, const std::string& name) {
+  const UniqueFd fd(::open(resolve_name(naming_path, name).c_str(), O_PATH | O_CLOEXEC));
+  if (!fd) return false;  // the policy's open tells why
+  IMG_LET(const FileId file, file_id(fd.get()));
+  end_reached_ = end_reached_ || file == *end_;
+  return file == *end_;
+}
+
 /// Half as much for each layer down, so that a long chain takes little more than twice the top's.
 uint64_t Chain::metadata_cache() const {
   const size_t depth = std::min<size_t>(files_.empty() ? 0 : files_.size() - 1, 63);
@@ -96,6 +127,10 @@ Error Chain::locate(Error error, const std::string& path) {
 Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path, const std::string& name,
                                                   const std::optional<std::string>& format) {
   const std::string path = resolve_name(naming_path, name);
+  if (end_) {
+    IMG_LET(const bool reached, is_end(naming_path, name));
+    if (reached) return nullptr;
+  }
   auto layer = open_named(naming_path, name, format);
   if (!layer) return fail(locate(layer.error(), path));
   auto disk = open_disk(*layer, true);

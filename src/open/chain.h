@@ -34,13 +34,16 @@ class Chain {
 
   void add_top(const Layer& layer) { files_.push_back(layer.storage->id()); }
   bool contains(FileId file) const;
+  /// As OpenOptions::chain_end asks; before and after the disks are opened.
+  Result<> find_end();
+  Result<> check_end_reached() const;
 
   /// Opens the file that the image at `naming_path` names, read-only.
   Result<Layer> open_named(const std::string& naming_path, const std::string& name,
                            const std::optional<std::string>& format);
   /// Makes a disk of a layer, with everything below it.
   Result<std::unique_ptr<Disk>> open_disk(const Layer& layer, bool read_only);
-  /// Both in one.
+  /// Both in one. Null at the chain's end.
   Result<std::unique_ptr<Disk>> open_backing(const std::string& naming_path, const std::string& name,
                                              const std::optional<std::string>& format);
 
@@ -48,13 +51,16 @@ class Chain {
   Chain(PathPolicy policy, const OpenOptions& options) : policy_(std::move(policy)), options_(options) {}
 
   Result<const Format*> recorded_format(const std::optional<std::string>& format) const;
+  Result<bool> is_end(const std::string& naming_path, const std::string& name);
   uint64_t metadata_cache() const;
   Error locate(Error error, const std::string& path);
 
   PathPolicy policy_;
   OpenOptions options_;
   std::vector<FileId> files_;  // top first
-  bool located_ = false;       // an error has been told apart by its file
+  std::optional<FileId> end_;  // where the chain stops
+  bool end_reached_ = false;
+  bool located_ = false;  // an error has been told apart by its file
 };
 
 }  // namespace imgfuse

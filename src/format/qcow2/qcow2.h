@@ -20,7 +20,7 @@ using BackingOpener =
 struct OpenParameters {
   bool read_only = false;
   uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes
-  BackingOpener open_backing;                    ///< called at most once, if a backing file is named
+  BackingOpener open_backing;                    ///< called at most once, if a backing file is named; may give null
 };
 
 bool probe(ConstBytes first_bytes);

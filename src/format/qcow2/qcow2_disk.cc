@@ -40,7 +40,7 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   if (header_.backing_name) {
     if (!open_backing) return fail(ErrorCode::invalid, "no way to open the backing file {}", *header_.backing_name);
     IMG_LET(backing_, open_backing(*header_.backing_name, header_.backing_format));
-    backing_size_ = backing_->size();
+    if (backing_) backing_size_ = backing_->size();
   }
   if (read_only_) return {};
   IMG_LET(const uint64_t file_size, storage_->size());

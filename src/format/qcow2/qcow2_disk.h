@@ -36,6 +36,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> do_write(GuestOffset offset, ConstBytes data) override;
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
   Result<> do_populate(GuestRange range) override;
+  Result<> do_forget(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
   Result<> do_resize(uint64_t size, ResizeOptions options) override;
@@ -62,6 +63,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> zero_clusters(GuestRange range, Zeroing zeroing);
   Result<uint64_t> zero_run(const Mapping& mapping, GuestRange range, Zeroing zeroing);
   Result<> overwrite_with_zeroes(GuestRange range);
+  Result<> forget_clusters(GuestRange range);
   Result<> populate_range(GuestRange range);
   Result<uint64_t> populate_run(const Mapping& mapping, GuestRange range);
 

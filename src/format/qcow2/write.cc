@@ -202,6 +202,36 @@ Result<> Qcow2Disk::overwrite_with_zeroes(GuestRange range) {
   return {};
 }
 
+// ---- Forgetting
+
+Result<> Qcow2Disk::do_forget(GuestRange range) {
+  while (!range.empty()) {
+    IMG_TRY(latch_.check());
+    const uint64_t length = std::min(range.length, kPiece - range.begin.bytes() % kPiece);
+    {
+      const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
+      const auto lease = ranges_.exclusive(clusters);
+      IMG_TRY(forget_clusters(clusters));
+    }
+    IMG_TRY(relieve());
+    range = {range.begin + length, range.length - length};
+  }
+  return {};
+}
+
+Result<> Qcow2Disk::forget_clusters(GuestRange range) {
+  const Geometry& g = image_.geometry;
+  while (!range.empty()) {
+    IMG_LET(const Mapping run, map_.lookup(range));
+    if (run.kind != ClusterKind::unallocated) {
+      IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
+      map_.unmap(slice, range.begin, run.length >> g.cluster_bits);
+    }
+    range = {range.begin + run.length, range.length - run.length};
+  }
+  return {};
+}
+
 // ---- Populating
 
 Result<> Qcow2Disk::do_populate(GuestRange range) {

@@ -207,6 +207,24 @@ TEST_CASE("chain: backing files are locked as readers") {
   must(writer->close());
 }
 
+TEST_CASE("chain: it ends above a file that is named as its end, and that file is not locked") {
+  const TempDir dir;
+  write_file(dir / "base.raw", pattern(1_MiB, 1));
+  make_overlay(dir / "middle.qcow2", "base.raw", "raw");
+  make_overlay(dir / "top.qcow2", "middle.qcow2", "qcow2");
+
+  for (const std::string end : {"base.raw", "middle.qcow2"}) {
+    auto disk = must(open_disk(dir / "top.qcow2", {.chain_end = dir / end}));
+    CHECK(read_disk(*disk, 0, 4096) == std::vector<std::byte>(4096));
+    must(must(open_disk(dir / end, {.format = end == "base.raw" ? "raw" : "qcow2"}))->close());
+    finish(std::move(disk));
+  }
+
+  CHECK(failure(dir / "middle.qcow2", {.chain_end = dir / "top.qcow2"}).find("not in its backing chain") !=
+        std::string::npos);
+  CHECK(failure(dir / "middle.qcow2", {.chain_end = dir / "nothing"}).find("nothing") != std::string::npos);
+}
+
 TEST_CASE("chain: a missing backing file is named, and only it") {
   const TempDir dir;
   if (!make_unchecked_overlay(dir / "mid.qcow2", "base.raw", "raw")) return;
