@@ -34,6 +34,7 @@ struct Format {
   Result<> (*create)(Storage&, const CreateOptions&);
   Result<CheckReport> (*check)(Storage&, Repair, const CheckSink&);
   Result<ImageInfo> (*info)(Storage&);
+  Result<> (*change_backing)(Storage&, const std::string& name, const std::optional<std::string>& format);
 };
 
 /// Fails with `unsupported` for names of formats that exist elsewhere, with `invalid` for others.

@@ -213,6 +213,8 @@ Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
                       kMaxBackingFormat);
         header.backing_format = text_of(extension.data);
         continue;
+      case wire::kExtensionPadding:  // left by a crash; whoever writes the next header closes the gap
+        continue;
       case wire::kExtensionBitmaps:
         if (length != 24)
           return fail(ErrorCode::corrupt, "bitmaps header extension has {} bytes instead of 24", length);

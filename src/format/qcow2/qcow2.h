@@ -40,4 +40,7 @@ Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink
 /// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
 Result<ImageInfo> info(Storage& storage);
 
+/// Records another backing file, or none if `name` is empty (imgfuse/amend.h).
+Result<> change_backing(Storage& storage, const std::string& name, const std::optional<std::string>& format);
+
 }  // namespace imgfuse::qcow2
