@@ -29,5 +29,7 @@ int run_create(Io& io, Arguments args);
 int run_info(Io& io, Arguments args);
 int run_map(Io& io, Arguments args);
 int run_check(Io& io, Arguments args);
+int run_convert(Io& io, Arguments args);
+int run_compare(Io& io, Arguments args);
 
 }  // namespace imgfuse::tool

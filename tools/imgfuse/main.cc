@@ -26,6 +26,8 @@ constexpr std::array kCommands = {
     Command{"info", run_info, "say what an image is"},
     Command{"map", run_map, "list which parts hold data, and where"},
     Command{"check", run_check, "check an image, and repair it if asked to"},
+    Command{"convert", run_convert, "copy an image to another one, of any format"},
+    Command{"compare", run_compare, "say whether two images hold the same disk"},
 };
 
 std::string usage() {

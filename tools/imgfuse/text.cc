@@ -5,6 +5,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <map>
 #include <ostream>
 #include <vector>
 
@@ -80,11 +81,39 @@ void add_open_options(CLI::App& app, OpenOptions& options, FormatFlag flag) {
          [&](const std::string& name) { options.backing_format = name; },
          "Format of backing files whose overlay does not record it")
       ->type_name("FORMAT");
-  app.add_option("--allow-path", options.allowed_directories,
+  add_allow_path_option(app, options.allowed_directories);
+  app.add_flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
+}
+
+void add_allow_path_option(CLI::App& app, std::vector<std::string>& directories) {
+  app.add_option("--allow-path", directories,
                  "Directory in which files named by the image may lie, besides the image's own; may be repeated")
       ->type_name("DIR")
       ->allow_extra_args(false);
-  app.add_flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
+}
+
+void add_cache_option(CLI::App& app, const std::string& names, CacheMode& cache, const std::string& description) {
+  static const std::map<std::string, CacheMode> kModes = {{"writeback", CacheMode::writeback},
+                                                          {"none", CacheMode::none},
+                                                          {"writethrough", CacheMode::writethrough},
+                                                          {"directsync", CacheMode::directsync},
+                                                          {"unsafe", CacheMode::unsafe}};
+  app.add_option_function<std::string>(
+         names, [&cache](const std::string& name) { cache = kModes.at(name); }, description)
+      ->check(CLI::IsMember(kModes))
+      ->type_name("MODE");
+}
+
+void add_snapshot_option(CLI::App& app, std::optional<std::string>& snapshot) {
+  app.add_option_function<std::string>(
+         "-l,--snapshot",
+         [&snapshot](const std::string& name) {
+           snapshot = name;
+           for (const std::string_view key : {"snapshot.id=", "snapshot.name="})
+             if (name.starts_with(key)) snapshot = name.substr(key.size());
+         },
+         "Read this internal snapshot, by id or name")
+      ->type_name("SNAPSHOT");
 }
 
 void add_json_option(CLI::App& app, bool& json) {

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "command.h"
 #include "imgfuse/error.h"
@@ -29,6 +30,12 @@ enum class FormatFlag { with_f, long_only };
 void add_open_options(CLI::App& app, OpenOptions& options, FormatFlag flag = FormatFlag::with_f);
 /// --json and qemu-img's --output=human|json.
 void add_json_option(CLI::App& app, bool& json);
+/// -t or -T, qemu-img's names for how a file is cached.
+void add_cache_option(CLI::App& app, const std::string& names, CacheMode& cache, const std::string& description);
+/// Directories for --allow-path.
+void add_allow_path_option(CLI::App& app, std::vector<std::string>& directories);
+/// -l, a snapshot by id or name, or as qemu-img's `snapshot.id=ID` and `snapshot.name=NAME`.
+void add_snapshot_option(CLI::App& app, std::optional<std::string>& snapshot);
 /// An option whose value is a size, as parse_size() reads it.
 CLI::Option* add_size_option(CLI::App& app, const std::string& names, uint64_t& size, const std::string& description);
 

@@ -1,0 +1,99 @@
+"""Jobs that cannot be done: one clear line, and nothing is changed or left behind."""
+import os
+import unittest
+
+from harness import IMGFUSE, KiB, MiB, attempt, run, sha256
+from test_bad_input import BadInputCase, put
+
+
+class Convert(BadInputCase):
+    def setUp(self):
+        super().setUp()
+        self.image = self.qcow2('source.qcow2', '64M')
+        run('qemu-io', '-f', 'qcow2', '-c', 'write -P 1 0 8M', self.image)
+        self.target = self.path('target')
+
+    def test_a_source_that_cannot_be_opened_leaves_an_existing_target_alone(self):
+        self.target.write_bytes(b'precious' * 1000)
+        self.refuse('convert', self.path('missing'), self.target, says=['missing', 'no such file'])
+        put(self.image, 4, '>I', 9)
+        self.refuse('convert', '-f', 'qcow2', self.image, self.target, says=['version 9'])
+
+    def test_options_that_make_no_sense_leave_an_existing_target_alone(self):
+        self.target.write_bytes(b'precious' * 1000)
+        for options in (['-O', 'qcow2', '-o', 'cluster_size=1000'], ['-O', 'raw', '-B', 'source.qcow2', '-F', 'qcow2'],
+                        ['-O', 'raw', '-o', 'preallocation=metadata'], ['-c'], ['-O', 'vmdk'],
+                        ['-O', 'qcow2', '-c', '-o', 'preallocation=full']):
+            with self.subTest(options):
+                self.refuse('convert', *options, self.image, self.target)
+
+    def test_usage(self):
+        self.refuse('convert', self.image, status=2)
+        self.refuse('convert', '-S', '1000', self.image, self.target, status=2, says=['512'])
+        self.refuse('convert', '-m', '0', self.image, self.target, status=2)
+        self.refuse('convert', '-o', 'nothing=1', self.image, self.target, status=2, says=['nothing'])
+
+    def test_an_image_is_not_converted_into_itself_or_into_its_backing_file(self):
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'source.qcow2', '-F', 'qcow2', self.path('overlay.qcow2'))
+        for options in ([], ['-U'], ['-O', 'qcow2'], ['-n', '-O', 'qcow2', '-U']):
+            self.refuse('convert', *options, self.image, self.image, says=['source.qcow2'])
+            self.refuse('convert', *options, self.path('overlay.qcow2'), self.image, says=['source.qcow2'])
+        os.link(self.image, self.path('link'))
+        self.refuse('convert', '-U', self.image, self.path('link'))
+
+    def test_a_target_in_use_and_a_target_that_is_no_file(self):
+        point = self.path('point')
+        point.touch()
+        target = self.qcow2('used.qcow2')
+        mount = self.mount(target, point=point)
+        self.assertEqual(attempt(IMGFUSE, 'convert', '-O', 'qcow2', self.image, target).status, 1)
+        mount.unmount()
+        self.refuse('convert', self.image, self.folder, says=['not a regular file'])
+        self.refuse('convert', self.image, self.path('no/such/folder'), says=['no such file'])
+        self.refuse('convert', '-n', self.image, self.path('absent'), says=['absent', 'no such file'])
+
+    def test_a_full_device_removes_the_target(self):
+        small = self.path('small')
+        small.mkdir()
+        run('mount', '-t', 'tmpfs', '-o', 'size=4M', 'none', small)
+        for format in ('raw', 'qcow2'):
+            outcome = self.refuse('convert', '-O', format, self.image, small / 'target')
+            self.assertIn('o space left', outcome.err)
+            self.assertEqual(list(small.iterdir()), [])
+        run('umount', small)
+
+    def test_a_damaged_source_removes_the_target(self):
+        with open(self.image, 'r+b') as file:
+            file.truncate(1 * MiB)  # the tables stay; the data behind reads as zeros or as an error
+        put(self.image, 0x40000 + 8 * 60, '>Q', 1 << 63 | 0x123)
+        outcome = attempt(IMGFUSE, 'convert', self.image, self.target)
+        self.assertEqual(outcome.status, 1, outcome)
+        self.assertFalse(self.target.exists())
+
+    def test_a_target_that_is_too_short(self):
+        self.raw('short.raw', 1 * MiB)
+        self.refuse('convert', '-n', '-O', 'raw', self.image, self.path('short.raw'), says=['shorter'])
+
+    def test_names_outside_the_directory_need_allow_path(self):
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', '/etc/passwd', '-F', 'raw', self.path('leaky.qcow2'))
+        self.refuse('convert', self.path('leaky.qcow2'), self.target, says=['--allow-path'])
+
+
+class Compare(BadInputCase):
+    def test_statuses(self):
+        image = self.qcow2()
+        self.refuse('compare', image, self.path('missing'), status=2, says=['missing'])
+        self.refuse('compare', self.path('missing'), image, status=2, says=['missing'])
+        self.refuse('compare', image, status=2)
+        self.refuse('compare', '-F', 'vmdk', image, image, status=2)
+
+    def test_a_map_that_cannot_be_read(self):
+        image, other = self.qcow2(), self.raw('other.raw')
+        run('qemu-io', '-f', 'qcow2', '-c', 'write -P 1 0 64k', image)
+        put(image, 0x40000, '>Q', 1 << 63 | 0x123)
+        self.refuse('compare', '-f', 'qcow2', '-F', 'raw', image, other, status=3)
+        self.refuse('compare', '-f', 'raw', '-F', 'qcow2', other, image, status=3)
+
+
+if __name__ == '__main__':
+    unittest.main()

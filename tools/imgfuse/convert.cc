@@ -1,0 +1,249 @@
+// imgfuse convert: copy images to a new one, of any format.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+
+#include "command.h"
+#include "create_options.h"
+#include "imgfuse/check.h"
+#include "imgfuse/create.h"
+#include "imgfuse/job.h"
+#include "imgfuse/open.h"
+#include "progress.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+constexpr uint64_t kSector = 512;
+constexpr uint64_t kLongestSparse = 2147483136;
+constexpr unsigned kMostCoroutines = 16;
+
+struct Request {
+  std::vector<std::string> sources;
+  std::string target;
+  OpenOptions source_options{.read_only = true};
+  OpenOptions target_options{.cache = CacheMode::unsafe};
+  CreateOptions create{.format = "raw"};
+  ConvertOptions convert;
+  bool compress = false;
+  bool out_of_order = false;    ///< asked for; it is so in any case
+  bool use_existing = false;    ///< -n
+  bool target_is_zero = false;  ///< as the user says
+  ShowProgress show = ShowProgress::on_terminal;
+};
+
+/// A disk that is closed at the end in any case.
+class OpenDisk {
+ public:
+  explicit OpenDisk(std::unique_ptr<Disk> disk) : disk_(std::move(disk)) {}
+  OpenDisk(OpenDisk&&) = default;
+  ~OpenDisk() {
+    if (disk_) (void)disk_->close();
+  }
+  Disk& operator*() { return *disk_; }
+  Disk* operator->() { return disk_.get(); }
+  Result<> close() { return std::exchange(disk_, nullptr)->close(); }
+
+ private:
+  std::unique_ptr<Disk> disk_;
+};
+
+/// Removes a file again unless it is kept.
+class NewTarget {
+ public:
+  explicit NewTarget(std::string path) : path_(std::move(path)) {}
+  NewTarget(const NewTarget&) = delete;
+  NewTarget& operator=(const NewTarget&) = delete;
+  ~NewTarget() {
+    if (made_) ::unlink(path_.c_str());
+  }
+  void made() { made_ = true; }
+  void keep() { made_ = false; }
+
+ private:
+  const std::string path_;
+  bool made_ = false;
+};
+
+/// Locks would tell, were they not switched off with --force-share.
+Result<> check_not_a_source(const Request& request) {
+  for (const std::string& source : request.sources) {
+    IMG_LET(const std::vector<ImageInfo> chain, chain_info(source, request.source_options));
+    for (const ImageInfo& image : chain) {
+      std::error_code ignored;
+      if (std::filesystem::equivalent(image.filename, request.target, ignored))
+        return fail(ErrorCode::invalid, "{} is read from: it cannot be the target too", request.target);
+    }
+  }
+  return {};
+}
+
+Result<std::vector<OpenDisk>> open_sources(const Request& request) {
+  std::vector<OpenDisk> disks;
+  for (const std::string& source : request.sources) {
+    IMG_LET(auto disk, open_disk(source, request.source_options));
+    disks.emplace_back(std::move(disk));
+  }
+  return disks;
+}
+
+/// The images that are read from a second one are laid behind the first, each at a sector's begin.
+uint64_t total_size(std::vector<OpenDisk>& sources) {
+  uint64_t total = 0;
+  for (OpenDisk& source : sources) total += (source->size() + kSector - 1) / kSector * kSector;
+  return total;
+}
+
+Result<std::string> compression_of(const Request& request) {
+  if (request.create.format != "qcow2")
+    return fail(ErrorCode::invalid, "a {} image cannot be compressed; qcow2 can be", request.create.format);
+  if (!request.use_existing) return request.create.compression_type;
+  IMG_LET(const ImageInfo info, image_info(request.target, {.format = request.create.format}));
+  return info.qcow2->compression_type;
+}
+
+Result<OpenDisk> open_target(const Request& request) {
+  OpenOptions options = request.target_options;
+  options.format = request.create.format;
+  options.backing_format = request.create.backing_format;
+  if (request.compress) {
+    IMG_LET(options.compress, compression_of(request));
+  }
+  IMG_LET(auto disk, open_disk(request.target, options));
+  return OpenDisk(std::move(disk));
+}
+
+Result<> check(const Request& request) {
+  if (request.compress && request.create.preallocation != Preallocation::off)
+    return fail(ErrorCode::invalid,
+                "compressed data takes the space it needs; -c and preallocation exclude each other");
+  if (request.compress) IMG_TRY(compression_of(request));
+  return check_not_a_source(request);
+}
+
+Result<> copy(const Request& request, std::vector<OpenDisk>& sources, OpenDisk& target, Io& io) {
+  ConvertOptions options = request.convert;
+  const bool fresh = !request.use_existing && !request.create.backing_file && !request.create.data_file;
+  options.target_is_zero = fresh || request.target_is_zero;
+  options.same_backing = request.create.backing_file.has_value();
+  const uint64_t total = total_size(sources);
+  ProgressBar bar(io, request.show);
+  for (OpenDisk& source : sources) {
+    IMG_TRY(convert(*source, *target, options, bar.part(options.target_offset, total)));
+    options.target_offset += (source->size() + kSector - 1) / kSector * kSector;
+  }
+  return {};
+}
+
+Result<> convert_images(Request request, Io& io) {
+  IMG_LET(std::vector<OpenDisk> sources, open_sources(request));
+  IMG_TRY(check(request));
+  NewTarget created(request.target);
+  if (!request.use_existing) {
+    request.create.size = total_size(sources);
+    IMG_TRY(create_image(request.target, request.create));
+    created.made();
+  }
+  IMG_LET(OpenDisk target, open_target(request));
+  auto copied = copy(request, sources, target, io);
+  auto closed = target.close();
+  if (!copied) return fail(copied.error().during("convert to {}", request.target));
+  if (!closed) return fail(closed.error().during("close {}", request.target));
+  created.keep();
+  return {};
+}
+
+Result<uint64_t> parse_sparse(const std::string& text) {
+  IMG_LET(const uint64_t size, parse_size(text));
+  if (size % kSector != 0 || size > kLongestSparse)
+    return fail(ErrorCode::invalid, "-S {}: a multiple of 512 up to {} is possible, or 0 for no holes", text,
+                kLongestSparse);
+  return size;
+}
+
+void add_options(CLI::App& app, Request& request, std::vector<std::string>& files, std::vector<std::string>& lists,
+                 std::string& sparse, std::optional<unsigned>& workers, bool& quiet) {
+  app.add_option("IMAGES", files,
+                 "The image to read, or several, which are laid one behind the other; then the target");
+  app.add_option("-f,--format", request.source_options.format, "Format of the images read");
+  app.add_option("-O,--target-format", request.create.format, "Format of the target: raw (default) or qcow2");
+  app.add_option("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them")
+      ->allow_extra_args(false);
+  app.add_flag("-c,--compress", request.compress, "Compress the target");
+  app.add_option("-B,--backing", request.create.backing_file,
+                 "Backing file of the target, which reads as the backing file of IMAGE does");
+  app.add_option("-F,--backing-format", request.create.backing_format,
+                 "Its format, and that of backing files whose overlay does not record it");
+  add_snapshot_option(app, request.source_options.snapshot);
+  app.add_option("-S,--sparse", sparse, "Shortest run of zeros that becomes a hole (4k); 0: none does")
+      ->type_name("SIZE");
+  app.add_flag("-n,--no-create", request.use_existing, "Write into a target that is there, and large enough");
+  app.add_flag("--target-is-zero", request.target_is_zero, "With -n: the target reads as zeros, which need no writing");
+  app.add_option("-m,--parallel", workers, "How much is in flight at once, 1 to 16")
+      ->check(CLI::Range(1u, kMostCoroutines));
+  app.add_flag("-W,--out-of-order", request.out_of_order,
+               "Accepted for qemu-img's sake: the target is always written in any order");
+  add_cache_option(app, "-t,--target-cache", request.target_options.cache,
+                   "How the target is written: unsafe (default), writeback, none, writethrough, directsync");
+  add_cache_option(app, "-T,--source-cache", request.source_options.cache,
+                   "How the images are read: writeback (default) or none");
+  add_allow_path_option(app, request.source_options.allowed_directories);
+  app.add_flag("-U,--force-share", request.source_options.force_share,
+               "Take no locks on the images read: somebody else may write them");
+  app.add_flag_callback(
+      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
+  app.add_flag("-q,--quiet", quiet, "Show no progress");
+}
+
+/// Compressing keeps the processors busy; else a few threads are enough to have reads and writes overlap.
+unsigned default_workers(const Request& request) {
+  return request.compress ? std::max(2u, std::thread::hardware_concurrency()) : kDefaultWorkers;
+}
+
+}  // namespace
+
+int run_convert(Io& io, Arguments args) {
+  Request request;
+  std::vector<std::string> files, lists;
+  std::string sparse = "4k";
+  std::optional<unsigned> workers;
+  bool quiet = false;
+  CLI::App app("Copies an image, or several one behind the other, to a new image of any format.", "imgfuse convert");
+  add_options(app, request, files, lists, sparse, workers, quiet);
+  if (const auto status = parse(app, io, args)) return *status;
+
+  const auto usage_error = [&](const Error& error) {
+    print_error(io, "", error, "\"imgfuse convert --help\" lists the options");
+    return kUsage;
+  };
+  for (const std::string& list : lists) {
+    if (list == "help" || list == "?") {
+      io.out << kCreateOptionList << std::flush;
+      return kSuccess;
+    }
+    if (auto set = set_create_options(request.create, list); !set) return usage_error(set.error());
+  }
+  if (files.size() < 2) return usage_error(Error(ErrorCode::invalid, "an image to read and a target are needed"));
+  const auto shortest = parse_sparse(sparse);
+  if (!shortest) return usage_error(shortest.error());
+  request.convert.sparse = *shortest;
+  request.convert.workers = workers.value_or(default_workers(request));
+  request.target = files.back();
+  files.pop_back();
+  request.sources = std::move(files);
+  request.create.allowed_directories = request.source_options.allowed_directories;
+  request.target_options.allowed_directories = request.source_options.allowed_directories;
+  if (quiet) request.show = ShowProgress::never;
+
+  if (auto converted = convert_images(std::move(request), io); !converted) {
+    print_error(io, "", converted.error());
+    return kFailure;
+  }
+  return kSuccess;
+}
+
+}  // namespace imgfuse::tool

@@ -1,0 +1,103 @@
+#include "create_options.h"
+
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+Result<bool> parse_switch(std::string_view name, std::string_view text) {
+  if (text == "on" || text == "true") return true;
+  if (text == "off" || text == "false") return false;
+  return fail(ErrorCode::invalid, "{} is \"{}\"; it can be on or off", name, text);
+}
+
+Result<uint32_t> parse_small_size(std::string_view name, std::string_view text) {
+  IMG_LET(const uint64_t size, parse_size(text));
+  if (size > UINT32_MAX) return fail(ErrorCode::invalid, "{} {} is too large", name, text);
+  return static_cast<uint32_t>(size);
+}
+
+Result<uint32_t> parse_version(std::string_view text) {
+  if (text == "0.10" || text == "v2") return 2;
+  if (text == "1.1" || text == "v3") return 3;
+  return fail(ErrorCode::invalid, "compat is \"{}\"; it can be 0.10 or 1.1", text);
+}
+
+}  // namespace
+
+const char* const kCreateOptionList =
+    "Options for -o, as qemu-img names them:\n"
+    "  size=SIZE            virtual size\n"
+    "  backing_file=FILE    file that unallocated clusters are read from\n"
+    "  backing_fmt=FORMAT   its format\n"
+    "  cluster_size=SIZE    unit of allocation, 512 to 2M (64k)\n"
+    "  compat=0.10|1.1      qcow2 version 2 or 3 (1.1)\n"
+    "  refcount_bits=N      1, 2, 4, 8, 16, 32 or 64 (16)\n"
+    "  lazy_refcounts=on    allow reference counts to be postponed (off)\n"
+    "  compression_type=T   zlib or zstd (zlib)\n"
+    "  extended_l2=on       32 subclusters per cluster, of 16k or more (off)\n"
+    "  data_file=FILE       file that the disk's data lies in\n"
+    "  data_file_raw=on     the data file alone equals the disk (off)\n"
+    "  preallocation=MODE   off, metadata, falloc or full (off)\n";
+
+Result<Preallocation> parse_preallocation(std::string_view text) {
+  if (text == "off") return Preallocation::off;
+  if (text == "metadata") return Preallocation::metadata;
+  if (text == "falloc") return Preallocation::falloc;
+  if (text == "full") return Preallocation::full;
+  return fail(ErrorCode::invalid, "preallocation is \"{}\"; it can be off, metadata, falloc or full", text);
+}
+
+Result<> set_create_option(CreateOptions& options, std::string_view key, const std::string& value) {
+  if (key == "size") {
+    IMG_LET(options.size, parse_size(value));
+  } else if (key == "backing_file") {
+    options.backing_file = value;
+  } else if (key == "backing_fmt") {
+    options.backing_format = value;
+  } else if (key == "cluster_size") {
+    IMG_LET(options.cluster_size, parse_small_size(key, value));
+  } else if (key == "compat") {
+    IMG_LET(options.version, parse_version(value));
+  } else if (key == "refcount_bits") {
+    IMG_LET(options.refcount_bits, parse_small_size(key, value));
+  } else if (key == "lazy_refcounts") {
+    IMG_LET(options.lazy_refcounts, parse_switch(key, value));
+  } else if (key == "compression_type") {
+    options.compression_type = value;
+  } else if (key == "extended_l2") {
+    IMG_LET(options.extended_l2, parse_switch(key, value));
+  } else if (key == "data_file") {
+    options.data_file = value;
+  } else if (key == "data_file_raw") {
+    IMG_LET(options.data_file_raw, parse_switch(key, value));
+  } else if (key == "preallocation") {
+    IMG_LET(options.preallocation, parse_preallocation(value));
+  } else {
+    return fail(ErrorCode::invalid, "no option \"{}\" (\"imgfuse create -o help\" lists them)", key);
+  }
+  return {};
+}
+
+Result<> set_create_options(CreateOptions& options, const std::string& list) {
+  std::string item;
+  const auto set_item = [&]() -> Result<> {
+    const size_t equals = item.find('=');
+    if (equals == std::string::npos)
+      return fail(ErrorCode::invalid, "option \"{}\" has no value; write {}=VALUE", item, item);
+    return set_create_option(options, item.substr(0, equals), item.substr(equals + 1));
+  };
+  for (size_t at = 0; at < list.size(); ++at) {
+    if (list[at] != ',') {
+      item += list[at];
+    } else if (at + 1 < list.size() && list[at + 1] == ',') {
+      item += list[at++];
+    } else {
+      IMG_TRY(set_item());
+      item.clear();
+    }
+  }
+  return item.empty() ? Result<>{} : set_item();
+}
+
+}  // namespace imgfuse::tool
