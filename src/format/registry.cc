@@ -11,12 +11,14 @@ namespace imgfuse {
 namespace {
 
 Result<std::unique_ptr<Disk>> open_raw(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
+  if (parameters.snapshot) return fail(ErrorCode::invalid, "a raw image has no snapshots");
   return raw::open(std::move(storage), {.read_only = parameters.read_only, .probed = parameters.probed});
 }
 
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
   return qcow2::open(std::move(storage), {.read_only = parameters.read_only,
                                           .metadata_cache = parameters.metadata_cache,
+                                          .snapshot = std::move(parameters.snapshot),
                                           .open_backing = std::move(parameters.open_backing)});
 }
 

@@ -21,8 +21,9 @@ using BackingOpener =
 
 struct FormatOpenParameters {
   bool read_only = false;
-  bool probed = false;          ///< the format was guessed
-  uint64_t metadata_cache = 0;  ///< bytes
+  bool probed = false;                  ///< the format was guessed
+  uint64_t metadata_cache = 0;          ///< bytes
+  std::optional<std::string> snapshot;  ///< open this internal snapshot; read-only
   BackingOpener open_backing;
 };
 

@@ -37,7 +37,8 @@ Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOpti
 Result<Layer> open_top(const std::string& path, const OpenOptions& options, bool writable) {
   if (options.force_share && writable)
     return fail(ErrorCode::invalid, "--force-share is for reading only; add --read-only");
-  Layer layer{.path = path};
+  if (options.snapshot && writable) return fail(ErrorCode::invalid, "a snapshot can only be read; add --read-only");
+  Layer layer{.path = path, .snapshot = options.snapshot};
   if (options.format) {
     IMG_LET(layer.format, format_by_name(*options.format));
   }
@@ -111,7 +112,8 @@ uint64_t Chain::metadata_cache() const {
 }
 
 Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_only) {
-  FormatOpenParameters parameters{.read_only = read_only, .probed = layer.probed, .metadata_cache = metadata_cache()};
+  FormatOpenParameters parameters{
+      .read_only = read_only, .probed = layer.probed, .metadata_cache = metadata_cache(), .snapshot = layer.snapshot};
   parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
     return open_backing(layer.path, name, format);
   };

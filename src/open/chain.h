@@ -19,6 +19,7 @@ struct Layer {
   std::shared_ptr<FileStorage> storage;
   const Format* format = nullptr;
   bool probed = false;
+  std::optional<std::string> snapshot;  ///< of which it is to show; only the top image
 };
 
 /// Opens the image that the user named; its format is the option's or probed.

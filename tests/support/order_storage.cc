@@ -62,6 +62,7 @@ Result<> OrderStorage::make(Change change, bool discards, Call call) {
     change.number = ++last_number_;
     pending_.push_back(std::move(change));
     pending = std::prev(pending_.end());
+    if (switching_) violation("I9: a change before the switch of tables is durable");
     if (view_) check_targets(*pending, discards);
     apply(*pending, current_);
     if (view_) {
@@ -133,6 +134,7 @@ void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left
 
 /// Only two views are left after a flush: what is durable, and what was written meanwhile.
 void OrderStorage::start_epoch() {
+  switching_ = false;
   const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
   view_ = Qcow2View::parse(current_);
   if (!durable || durable->is_dirty() || !view_ || view_->is_dirty()) view_.reset();
@@ -219,6 +221,7 @@ void OrderStorage::check_metadata(const Change& change) {
   }
   for (const std::string& problem : next->problems()) violation("malformed: " + problem);
   view_ = std::move(next);
+  if (switches_tables(change)) return check_switch();
   check_refcount_table(change);
 
   std::vector<Reference> fresh;
@@ -237,6 +240,30 @@ void OrderStorage::check_metadata(const Change& change) {
       break;
     }
   check_counts();
+}
+
+/// The refcount table's place in the header changes together with another table's.
+bool OrderStorage::switches_tables(const Change& change) const {
+  if (change.offset >= 72) return false;
+  std::byte before[72], after[72];
+  durable_.read(0, before);
+  current_.read(0, after);
+  const auto differ = [&](size_t begin, size_t end) {
+    return !std::equal(before + begin, before + end, after + begin);
+  };
+  return differ(48, 60) && (differ(36, 48) || differ(60, 72));
+}
+
+/// I9. A crash leaves the state before or the state after, so that each has to be right without the other.
+void OrderStorage::check_switch() {
+  if (pending_.size() != 1) violation("I9: tables are switched before all else is durable");
+  if (const std::string wrong = view_->find_corruption(); !wrong.empty()) violation("I9: " + wrong);
+  std::vector<Reference> fresh;
+  std::set_difference(view_->references().begin(), view_->references().end(), possible_.begin(), possible_.end(),
+                      std::back_inserter(fresh));
+  for (const Reference& reference : fresh)
+    if (reference.content) check_shown(reference);
+  switching_ = true;
 }
 
 /// I1 and I5 in one: no mixture of what may be there has more references than counts.

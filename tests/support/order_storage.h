@@ -24,6 +24,8 @@ namespace imgfuse::test {
 ///       another; clusters shared with a snapshot are not written at all
 ///   I5  a count is lowered only after the un-mapping is durable
 ///   I6  a refcount block is flushed, and counted by what is durable or is switched with it, before its table entry
+///   I9  a header sector that switches several tables at once is written when all else is durable, to a state that is
+///       sound by itself; nothing is written between it and its flush
 ///
 /// Asleep while the image is no clean qcow2 image (being created or repaired). Thread-safe.
 class OrderStorage final : public Storage {
@@ -71,6 +73,8 @@ class OrderStorage final : public Storage {
   void note_fills(const Change& change) REQUIRES(mutex_);
   bool touches_metadata(const Change& change) const REQUIRES(mutex_);
   void check_metadata(const Change& change) REQUIRES(mutex_);
+  bool switches_tables(const Change& change) const REQUIRES(mutex_);
+  void check_switch() REQUIRES(mutex_);
   void check_refcount_table(const Change& change) REQUIRES(mutex_);
   void check_counts() REQUIRES(mutex_);
   void check_shown(const Reference& reference) REQUIRES(mutex_);
@@ -89,6 +93,7 @@ class OrderStorage final : public Storage {
   MemImage durable_ GUARDED_BY(mutex_);
   MemImage current_ GUARDED_BY(mutex_);
   Changes pending_ GUARDED_BY(mutex_);                     // not durable for sure, in the order of their calls
+  bool switching_ GUARDED_BY(mutex_) = false;              // between a switch of tables and its flush
   std::optional<Qcow2View> view_ GUARDED_BY(mutex_);       // of current_; empty: asleep
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave

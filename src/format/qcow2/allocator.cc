@@ -153,6 +153,8 @@ void Allocator::quarantine(HostOffset host, uint64_t clusters, HostSpace space) 
   quarantine_.push_back({first, clusters, space});
 }
 
+void Allocator::search_from_start() NO_THREAD_SAFETY_ANALYSIS { lowest_free_ = 1; }
+
 Allocator::Freed Allocator::take_quarantine() NO_THREAD_SAFETY_ANALYSIS {
   releasing_ = !quarantine_.empty();
   return std::exchange(quarantine_, {});

@@ -68,6 +68,9 @@ class Allocator {
   /// which the pointer to it was removed.
   void quarantine(HostOffset host, uint64_t clusters, HostSpace space);
 
+  /// Clusters may have become free anywhere: the next search looks for them. Under Image::mutex, exclusive.
+  void search_from_start();
+
   using Freed = std::vector<FreedClusters>;
   /// Takes what is in quarantine, at a flush cycle's cut. Under Image::mutex, exclusive.
   Freed take_quarantine();

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "base/math.h"
@@ -86,6 +88,20 @@ class KnownMetadata {
     auto first = std::lower_bound(clusters_.begin(), clusters_.end(), cluster);
     auto last = std::lower_bound(first, clusters_.end(), cluster + count);
     clusters_.erase(first, last);
+  }
+  /// Removes many at once, those that are known. Sorts them.
+  void remove_all(std::vector<uint64_t> clusters) {
+    std::sort(clusters.begin(), clusters.end());
+    std::vector<uint64_t> left;
+    std::set_difference(clusters_.begin(), clusters_.end(), clusters.begin(), clusters.end(), std::back_inserter(left));
+    clusters_ = std::move(left);
+  }
+  /// Calls `visit` with each known cluster from `first` to `end`.
+  template <class Visit>
+  void for_each(uint64_t first, uint64_t end, Visit visit) const {
+    for (auto at = std::lower_bound(clusters_.begin(), clusters_.end(), first); at != clusters_.end() && *at < end;
+         ++at)
+      visit(*at);
   }
   bool overlaps(uint64_t cluster, uint64_t count = 1) const {
     auto at = std::lower_bound(clusters_.begin(), clusters_.end(), cluster);

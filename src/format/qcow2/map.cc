@@ -337,6 +337,38 @@ void Map::adopt_l1(HostOffset offset, uint64_t entries) {
   l1_.resize(entries);
 }
 
+std::vector<uint64_t> Map::l1_table() const {
+  SharedLock lock(image_.mutex);
+  return l1_;
+}
+
+HostRange Map::l1_place() const {
+  SharedLock lock(image_.mutex);
+  return {l1_offset_, l1_.size() * 8};
+}
+
+void Map::replace_l1(HostOffset offset, std::vector<uint64_t> entries) NO_THREAD_SAFETY_ANALYSIS {
+  const Geometry& g = image_.geometry;
+  assert(dirty_l1_.empty());
+  const auto tables = [&g](const std::vector<uint64_t>& table) {
+    std::vector<uint64_t> clusters;
+    for (const uint64_t entry : table)
+      if (L1Entry{entry}.present()) clusters.push_back(g.cluster_of(L1Entry{entry}.table()));
+    return clusters;
+  };
+  image_.known.remove(g.cluster_of(l1_offset_), g.clusters_for(l1_.size() * 8));
+  image_.known.remove_all(tables(l1_));
+  image_.known.add(g.cluster_of(offset), g.clusters_for(entries.size() * 8));
+  image_.known.add_all(tables(entries));
+  l1_offset_ = offset;
+  l1_ = std::move(entries);
+}
+
+void Map::set_allocated(uint64_t bytes) NO_THREAD_SAFETY_ANALYSIS {
+  counted_ = ~uint64_t{0};
+  allocated_ = bytes;
+}
+
 Result<bool> Map::count_next(uint64_t size) {
   const Geometry& g = image_.geometry;
   GuestOffset next;

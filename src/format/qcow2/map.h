@@ -63,6 +63,15 @@ class Map {
   /// The L1 table was copied to `offset` with `entries` entries and the header points there: the old one is freed.
   void adopt_l1(HostOffset offset, uint64_t entries);
 
+  /// The entries, and where they lie on disk.
+  std::vector<uint64_t> l1_table() const;
+  HostRange l1_place() const;
+  /// The L1 table at `offset`, with these entries, is the disk's from here on; what the old one led to is the caller's
+  /// to free. Under Image::mutex, exclusive; no change may be waiting to be written.
+  void replace_l1(HostOffset offset, std::vector<uint64_t> entries);
+  /// The disk holds this much, all counted. Under Image::mutex, exclusive.
+  void set_allocated(uint64_t bytes);
+
   /// Guest bytes that hold host clusters, among those counted so far.
   uint64_t allocated() const { return allocated_.load(std::memory_order_relaxed); }
   /// Counts the next slice of the disk; false when all `size` bytes are counted.

@@ -20,6 +20,8 @@ using BackingOpener =
 struct OpenParameters {
   bool read_only = false;
   uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes
+  std::optional<std::string> snapshot;           ///< id or name: what is opened is this snapshot; read-only
+  std::shared_ptr<const void> hold;              ///< let go of when the disk is closed
   BackingOpener open_backing;                    ///< called at most once, if a backing file is named; may give null
 };
 

@@ -21,11 +21,13 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       header_(std::move(header)),
       read_only_(parameters.read_only),
       size_(header_.size),
+      hold_(std::move(parameters.hold)),
       image_(*storage_, header_, parameters.metadata_cache),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
       map_(image_, allocator_),
-      flusher_(*storage_, *this, TableCache::kStages, latch_) {}
+      flusher_(*storage_, *this, TableCache::kStages, latch_),
+      snapshots_(hold_ || parameters.snapshot ? nullptr : std::make_unique<Qcow2Snapshots>(*this)) {}
 
 Qcow2Disk::~Qcow2Disk() { assert(closed_ && "a writable disk must be closed"); }
 
@@ -37,6 +39,7 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   }
   if (!read_only_) IMG_TRY(refcounts_.load(header_));
   IMG_TRY(map_.load(header_, !read_only_));
+  if (snapshots_) snapshots_->load();
   if (header_.backing_name) {
     if (!open_backing) return fail(ErrorCode::invalid, "no way to open the backing file {}", *header_.backing_name);
     IMG_LET(backing_, open_backing(*header_.backing_name, header_.backing_format));
@@ -255,18 +258,23 @@ void Qcow2Disk::end_cycle(bool durable) {
   cycle_ = {};
 }
 
+/// Nothing is dirty or in quarantine when it returns, if nobody makes requests meanwhile.
+Result<> Qcow2Disk::write_out() {
+  // The first cycle frees what was in quarantine, the second writes the lowered counts.
+  do IMG_TRY(flusher_.flush());
+  while (allocator_.has_quarantine() || image_.tables.statistics().dirty > 0);
+  return {};
+}
+
 Result<> Qcow2Disk::do_close() {
   Result<> result;
-  if (!closed_) {
-    // The first cycle frees what was in quarantine, the second writes the lowered counts.
-    do result = flusher_.flush();
-    while (result && (allocator_.has_quarantine() || image_.tables.statistics().dirty > 0));
-  }
+  if (!closed_) result = write_out();
   closed_ = true;
   if (backing_)
     if (Result<> below = backing_->close(); result && !below) result = std::move(below);
   backing_.reset();
   storage_.reset();  // and with it the image's locks
+  hold_.reset();
   return result;
 }
 
@@ -290,6 +298,12 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
                   "read-only",
                   report.corruptions + report.check_errors);
     IMG_LET(header, read_header(*storage, Purpose::write));
+  }
+  if (parameters.snapshot) {
+    if (!parameters.read_only) return fail(ErrorCode::invalid, "a snapshot can only be opened read-only");
+    IMG_LET(const SnapshotTable table, read_snapshot_table(*storage, header));
+    IMG_LET(const size_t found, find_snapshot(table.snapshots, *parameters.snapshot));
+    IMG_LET(header, as_of_snapshot(header, table.snapshots[found]));
   }
   const BackingOpener open_backing = parameters.open_backing;
   auto disk = std::make_unique<Qcow2Disk>(std::move(storage), std::move(header), std::move(parameters));

@@ -12,6 +12,7 @@
 #include "format/qcow2/map.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qcow2/refcounts.h"
+#include "format/qcow2/snapshots.h"
 
 namespace imgfuse::qcow2 {
 
@@ -26,10 +27,14 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   /// Reads the tables, opens the backing file, and prepares a writable image for its first change.
   Result<> start(const BackingOpener& open_backing);
 
+  Snapshots* snapshots() override { return snapshots_.get(); }
+
   /// Counters for tests and benchmarks.
   TableCache::Statistics cache_statistics() const { return image_.tables.statistics(); }
 
  private:
+  friend class Qcow2Snapshots;
+
   DiskInfo do_info() const override;
   uint64_t do_size() const override { return size_.load(std::memory_order_relaxed); }
   Result<> do_read(GuestOffset offset, Bytes out) override;
@@ -69,6 +74,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   bool reads_zero(const Mapping& mapping, GuestRange range) const;
   Result<> relieve();
+  Result<> write_out();
   Result<> clear_autoclear_bits();
   Result<> grow_l1(uint64_t entries);
   Result<> write_size(uint64_t size);
@@ -78,6 +84,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   const bool read_only_;
   std::atomic<uint64_t> size_;
   std::unique_ptr<Disk> backing_;
+  std::shared_ptr<const void> hold_;  // see OpenParameters
   uint64_t backing_size_ = 0;
   bool closed_ = true;  // nothing to write out: false from start() to close() of a writable image
   std::atomic<bool> counted_ = false;
@@ -89,6 +96,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Allocator allocator_;
   Map map_;
   Flusher flusher_;
+  std::unique_ptr<Qcow2Snapshots> snapshots_;  // null when this disk is one
 
   // One flush cycle's work, from cut() to end_cycle(); touched by its one thread only.
   struct Cycle {

@@ -234,6 +234,29 @@ Result<uint64_t> Refcounts::grow_table(uint64_t index) {
   return first + blocks + clusters;
 }
 
+std::vector<uint64_t> Refcounts::table() const {
+  SharedLock lock(image_.mutex);
+  return table_;
+}
+
+HostRange Refcounts::adopt_table(HostOffset offset, std::vector<uint64_t> entries) NO_THREAD_SAFETY_ANALYSIS {
+  const Geometry& g = image_.geometry;
+  const HostRange old{table_offset_, table_clusters_ * g.cluster_size};
+  std::vector<uint64_t> gone, added;
+  for (uint64_t i = 0; i < entries.size(); ++i) {
+    if (table_[i] == entries[i]) continue;
+    gone.push_back(g.cluster_of(HostOffset(table_[i])));
+    added.push_back(g.cluster_of(HostOffset(entries[i])));
+  }
+  image_.known.remove_all(std::move(gone));
+  image_.known.add_all(added);
+  image_.known.remove(g.cluster_of(table_offset_), table_clusters_);
+  image_.known.add(g.cluster_of(offset), table_clusters_);
+  table_ = std::move(entries);
+  table_offset_ = offset;
+  return old;
+}
+
 std::vector<HostRange> Refcounts::take_replaced_tables() {
   ExclusiveLock lock(image_.mutex);
   return std::exchange(replaced_, {});

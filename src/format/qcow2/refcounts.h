@@ -40,6 +40,13 @@ class Refcounts {
   /// Most contiguous clusters that there can be between the blocks that create_block() makes.
   uint64_t longest_run() const;
 
+  /// The places of all blocks, as the table has them: 0 where there is none.
+  std::vector<uint64_t> table() const;
+  /// The table at `offset`, with these entries, is the image's from here on. Returns where the old one lies, which is
+  /// to be freed, as are the blocks that are no longer named. Under Image::mutex, exclusive; nobody makes a block
+  /// meanwhile.
+  HostRange adopt_table(HostOffset offset, std::vector<uint64_t> entries);
+
   /// Tables that were replaced by longer ones since the last call: unreachable, and to be freed.
   std::vector<HostRange> take_replaced_tables();
 

@@ -80,6 +80,31 @@ Result<SnapshotTable> read_snapshot_table(Storage& storage, const Header& header
   return table;
 }
 
+Result<size_t> find_snapshot(const std::vector<Snapshot>& snapshots, const std::string& id_or_name) {
+  std::vector<size_t> found;
+  const auto collect = [&](std::string SnapshotInfo::*field) {
+    for (size_t i = 0; i < snapshots.size(); ++i)
+      if (snapshots[i].info.*field == id_or_name) found.push_back(i);
+  };
+  collect(&SnapshotInfo::id);
+  if (found.empty()) collect(&SnapshotInfo::name);
+  if (found.empty()) return fail(ErrorCode::not_found, "no snapshot has the id or the name {:?}", id_or_name);
+  if (found.size() == 1) return found.front();
+  std::string ids;
+  for (const size_t i : found) ids += (ids.empty() ? "" : ", ") + snapshots[i].info.id;
+  return fail(ErrorCode::invalid, "{} snapshots are named {:?}; give the id of one of them: {}", found.size(),
+              id_or_name, ids);
+}
+
+std::vector<std::byte> encode_snapshot_extra(const SnapshotInfo& info) {
+  wire::SnapshotExtra extra;
+  extra.vm_state_size = info.vm_state_size;
+  extra.disk_size = info.disk_size;
+  extra.icount = info.icount.value_or(kNoIcount);
+  const auto bytes = std::as_bytes(std::span(&extra, 1));
+  return {bytes.begin(), bytes.end()};
+}
+
 std::vector<std::byte> encode_snapshot_table(const SnapshotTable& table) {
   std::vector<std::byte> out;
   for (const Snapshot& snapshot : table.snapshots) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "format/qcow2/header.h"
@@ -34,6 +35,12 @@ struct SnapshotTable {
 
 /// Reads the whole table. Refuses one that breaks a limit. Memory: in proportion to the table, at most about 100 MiB.
 Result<SnapshotTable> read_snapshot_table(Storage& storage, const Header& header);
+
+/// Which snapshot is meant: the one with that id, else the one with that name. Refuses what means none or several.
+Result<size_t> find_snapshot(const std::vector<Snapshot>& snapshots, const std::string& id_or_name);
+
+/// Extra data of a new snapshot.
+std::vector<std::byte> encode_snapshot_extra(const SnapshotInfo& info);
 
 /// The table's bytes, with the extra data that version 3 wants.
 std::vector<std::byte> encode_snapshot_table(const SnapshotTable& table);
