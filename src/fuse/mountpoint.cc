@@ -79,11 +79,18 @@ tl::unexpected<Error> refuse(const std::string& path, const Error& reason) {
 
 bool is_fuse(const MountEntry& entry) { return entry.type == "fuse" || entry.type.starts_with("fuse."); }
 
-std::optional<MountEntry> find_mount(const std::string& path) {
+std::vector<MountEntry> mount_table() {
   std::ifstream table("/proc/self/mountinfo");
-  std::optional<MountEntry> found;
+  std::vector<MountEntry> entries;
   for (std::string line; std::getline(table, line);)
-    if (auto entry = parse_line(line); entry && entry->path == path) found = std::move(entry);
+    if (auto entry = parse_line(line)) entries.push_back(std::move(*entry));
+  return entries;
+}
+
+std::optional<MountEntry> find_mount(const std::string& path) {
+  std::optional<MountEntry> found;
+  for (MountEntry& entry : mount_table())
+    if (entry.path == path) found = std::move(entry);
   return found;
 }
 

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "imgfuse/error.h"
 
@@ -20,6 +21,8 @@ struct MountEntry {
 };
 
 bool is_fuse(const MountEntry& entry);
+/// What is mounted, in the order of mounting.
+std::vector<MountEntry> mount_table();
 
 /// What is mounted at `path` (absolute, canonical), the topmost if there are several.
 std::optional<MountEntry> find_mount(const std::string& path);

@@ -12,11 +12,13 @@
 #include "base/math.h"
 #include "fuse/request.h"
 #include "fuse/seek.h"
+#include "fuse/snapshot_disk.h"
 
 namespace imgfuse::fuse {
 namespace {
 
-/// Names and owners never change, sizes and times only through the kernel. st_blocks does otherwise, hence seconds.
+/// Names and owners never change, sizes and times through the kernel or with a notice to it. st_blocks does otherwise,
+/// hence seconds. Names of snapshots come and go.
 constexpr double kAttributeTimeout = 1;
 constexpr double kNameTimeout = 3600;
 /// Requests of read-ahead and asynchronous O_DIRECT that the kernel keeps in flight (its default of 12 is too few
@@ -42,7 +44,7 @@ class FileRequest : public Request {
   Disk& disk() const { return file().disk(); }
 
  private:
-  const Node* node_;
+  const NodeRef node_;
 };
 
 /// The part of the range before the end of the disk.
@@ -75,9 +77,9 @@ void lookup(fuse_req_t raw_request, fuse_ino_t directory, const char* name) {
   Request request(raw_request);
   const Tree& tree = served(raw_request).tree;
   fuse_entry_param entry = {};
-  entry.entry_timeout = kNameTimeout;
+  entry.entry_timeout = tree.is_changing(directory) ? 0 : kNameTimeout;
   entry.attr_timeout = kAttributeTimeout;
-  if (const Node* node = tree.find(directory, name)) {
+  if (const NodeRef node = tree.find(directory, name)) {
     entry.ino = node->number;
     entry.attr = tree.attributes(*node);
   }
@@ -87,7 +89,7 @@ void lookup(fuse_req_t raw_request, fuse_ino_t directory, const char* name) {
 void get_attributes(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info*) {
   Request request(raw_request);
   const Tree& tree = served(raw_request).tree;
-  const Node* node = tree.find(number);
+  const NodeRef node = tree.find(number);
   if (node == nullptr) return request.error(ENOENT);
   request.attributes(tree.attributes(*node), kAttributeTimeout);
 }
@@ -115,9 +117,10 @@ Result<> set_size(RawFile& file, const struct stat& wanted) {
 void set_attributes(fuse_req_t raw_request, fuse_ino_t number, struct stat* wanted, int which, fuse_file_info* info) {
   Request request(raw_request);
   const Tree& tree = served(raw_request).tree;
-  const Node* node = tree.find(number);
+  const NodeRef node = tree.find(number);
   if (node == nullptr) return request.error(ENOENT);
   if (node->file == nullptr) return request.error(EPERM);
+  if (node->file->read_only()) return request.error(EROFS);
   if (changes_owner(tree.attributes(*node), *wanted, which)) return request.error(EPERM);
 
   RawFile& file = *node->file;
@@ -134,8 +137,17 @@ void open(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
   FileRequest request(raw_request, number);
   if (!request) return;
   if ((info->flags & O_ACCMODE) != O_RDONLY && request.file().read_only()) return request.error(EROFS);
+  if (SnapshotDisk* snapshot = request.node().snapshot)
+    if (auto acquired = snapshot->acquire(); !acquired) return request.error(acquired.error());
   const bool direct = served(raw_request).options.direct_io;
   request.opened(direct ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : FOPEN_KEEP_CACHE);
+}
+
+void release(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info*) {
+  Request request(raw_request);
+  const NodeRef node = served(raw_request).tree.find(number);
+  if (node && node->snapshot) node->snapshot->release();
+  request.done();
 }
 
 void read(fuse_req_t raw_request, fuse_ino_t number, size_t length, off_t offset, fuse_file_info*) {
@@ -219,10 +231,10 @@ void read_directory(fuse_req_t raw_request, fuse_ino_t number, size_t size, off_
   Request request(raw_request);
   const Tree& tree = served(raw_request).tree;
   std::string listing;
-  off_t next = 0;
   bool full = false;
-  const auto add = [&](const char* name, NodeNumber node, mode_t mode) {
-    if (++next <= position || full) return;
+  // `place` grows from entry to entry and stays with its entry when others come and go.
+  const auto add = [&](off_t place, const char* name, NodeNumber node, mode_t mode) {
+    if (place <= position || full) return;
     struct stat attributes = {};
     attributes.st_ino = node;
     attributes.st_mode = mode;
@@ -231,11 +243,14 @@ void read_directory(fuse_req_t raw_request, fuse_ino_t number, size_t size, off_
     full = used + length > size;
     if (full) return;
     listing.resize(used + length);
-    fuse_add_direntry(raw_request, listing.data() + used, length, name, &attributes, next);
+    fuse_add_direntry(raw_request, listing.data() + used, length, name, &attributes, place);
   };
-  add(".", number, S_IFDIR);
-  add("..", number, S_IFDIR);
-  for (const Node* node : tree.children(number)) add(node->name.c_str(), node->number, node->file ? S_IFREG : S_IFDIR);
+  const NodeRef directory = tree.find(number);
+  if (directory == nullptr) return request.error(ENOENT);
+  add(1, ".", number, S_IFDIR);
+  add(2, "..", directory->parent, S_IFDIR);
+  for (const NodeRef& node : tree.children(number))
+    add(static_cast<off_t>(2 + node->number), node->name.c_str(), node->number, node->file ? S_IFREG : S_IFDIR);
   request.data(std::as_bytes(std::span(listing)));
 }
 
@@ -245,7 +260,7 @@ void filesystem_statistics(fuse_req_t raw_request, fuse_ino_t) {
   uint64_t size = 0;
   uint64_t allocated = 0;
   const Tree& tree = served(raw_request).tree;
-  for (NodeNumber number = kRootNode; const Node* node = tree.find(number); ++number) {
+  for (NodeNumber number = kRootNode; const NodeRef node = tree.find(number); ++number) {
     if (node->file == nullptr) continue;
     size += node->file->disk().size();
     allocated += node->file->disk().allocated();
@@ -267,8 +282,8 @@ void refuse(fuse_req_t request, Arguments...) {
 }  // namespace
 
 const fuse_lowlevel_ops& operations() {
-  // Absent on purpose: flush (close has nothing to do), release, access (the kernel checks modes), and all of xattr:
-  // the kernel would ask for "security.capability" before each buffered write.
+  // Absent on purpose: flush (close has nothing to do), access (the kernel checks modes), and all of xattr: the kernel
+  // would ask for "security.capability" before each buffered write.
   static const fuse_lowlevel_ops table = [] {
     fuse_lowlevel_ops ops = {};
     ops.init = init;
@@ -276,6 +291,7 @@ const fuse_lowlevel_ops& operations() {
     ops.getattr = get_attributes;
     ops.setattr = set_attributes;
     ops.open = open;
+    ops.release = release;
     ops.read = read;
     ops.write = write;
     ops.fsync = sync;

@@ -40,11 +40,14 @@ Result<> write_back(const std::string& path, dev_t device) {
   });
 }
 
-Result<> set_size_and_time(const std::string& path, uint64_t size, timespec modified) {
+Result<> set_size_and_time(const std::string& path, dev_t device, uint64_t size, timespec modified) {
   const std::array<timespec, 2> times = {timespec{0, UTIME_OMIT}, modified};
   return in_child(path, [&] {
-    const bool done = ::truncate(path.c_str(), static_cast<off_t>(size)) == 0 &&
-                      ::utimensat(AT_FDCWD, path.c_str(), times.data(), 0) == 0;
+    const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    struct stat attributes;
+    if (fd < 0 || ::fstat(fd, &attributes) != 0) return errno;
+    if (attributes.st_dev != device) return ESTALE;
+    const bool done = ::ftruncate(fd, static_cast<off_t>(size)) == 0 && ::futimens(fd, times.data()) == 0;
     return done ? 0 : errno;
   });
 }

@@ -19,7 +19,7 @@ namespace imgfuse::fuse {
 /// longer a file of `device`. (syncfs would not do: since Linux 6.18 it does not wait for FUSE.)
 Result<> write_back(const std::string& path, dev_t device);
 
-/// Makes the kernel know size and time of the file.
-Result<> set_size_and_time(const std::string& path, uint64_t size, timespec modified);
+/// Makes the kernel know size and time of the file, which must be one of `device`.
+Result<> set_size_and_time(const std::string& path, dev_t device, uint64_t size, timespec modified);
 
 }  // namespace imgfuse::fuse

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cassert>
 #include <cerrno>
 #include <chrono>
 #include <cstdarg>
@@ -14,7 +15,6 @@
 
 #include "base/log.h"
 #include "fuse/operations.h"
-#include "fuse/own_mount.h"
 
 namespace imgfuse::fuse {
 namespace {
@@ -23,6 +23,8 @@ namespace {
 constexpr int kWakeSignal = SIGURG;
 
 constexpr const char* kDiskName = "disk.raw";
+constexpr const char* kSnapshotFolder = "snapshots";
+constexpr NodeNumber kDiskNode = kRootNode + 1;  // in a directory
 
 /// What libfuse says while this thread mounts goes into the error; at other times it goes to the log.
 thread_local std::string* mount_messages = nullptr;
@@ -54,7 +56,9 @@ FileOwner owner_of(const MountOptions& options, bool read_only) {
 Tree tree_of(RawFile& file, MountpointKind kind, timespec modified) {
   if (kind == MountpointKind::file) return Tree::of_file(file);
   Tree tree = Tree::of_directory(file.owner(), modified);
-  tree.add_file(kRootNode, kDiskName, file);
+  [[maybe_unused]] const NodeNumber disk = tree.add_file(kRootNode, kDiskName, file);
+  assert(disk == kDiskNode);
+  if (file.disk().snapshots() != nullptr) tree.add_snapshots(kRootNode, kSnapshotFolder, file.disk(), file.owner());
   return tree;
 }
 
@@ -69,7 +73,7 @@ void install_wake_signal() {
 
 Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoint, const MountOptions& options)
     : disk_(disk),
-      image_(subject.image),
+      subject_(subject),
       mountpoint_(mountpoint),
       options_(options),
       file_(disk, owner_of(options, disk.info().read_only), subject.modified),
@@ -82,6 +86,7 @@ Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoin
 Session::~Session() {
   phase_ = Phase::ended;  // without serve() too
   signals_.reset();
+  control_.reset();
   if (session_ == nullptr) return;
   fuse_session_unmount(session_);
   fuse_session_destroy(session_);
@@ -105,7 +110,7 @@ Result<> Session::attach() {
 
   std::string messages;
   mount_messages = &messages;
-  std::string list = libfuse_options(options_, image_);
+  std::string list = libfuse_options(options_, subject_.image);
   std::array<char*, 3> words = {const_cast<char*>("imgfuse"), const_cast<char*>("-o"), list.data()};
   fuse_args args = FUSE_ARGS_INIT(words.size(), words.data());
   session_ = fuse_session_new(&args, &operations(), sizeof(fuse_lowlevel_ops), served_.get());
@@ -118,11 +123,14 @@ Result<> Session::attach() {
 
   const auto entry = find_mount(mountpoint_.path);
   if (!entry) return fail(ErrorCode::io, "mount at {}: /proc/self/mountinfo does not list it", mountpoint_.path);
-  device_ = entry->device;
-  if (auto reporter = CloseReporter::listen(device_))
-    reporter_ = std::move(*reporter);
+  const bool is_root = mountpoint_.kind == MountpointKind::file;
+  const std::string path = is_root ? mountpoint_.path : mountpoint_.path + "/" + kDiskName;
+  cache_.emplace(session_, KernelCache::Place{path, entry->device, is_root ? kRootNode : kDiskNode}, file_);
+  if (auto server = control::Server::listen(entry->device))
+    control_ = std::move(*server);
   else
-    log_warning("\"imgfuse umount\" will not know how the image was closed: {}", reporter.error().text());
+    log_warning("no control socket, so \"imgfuse umount\" will not know how the image was closed: {}",
+                server.error().text());
   return {};
 }
 
@@ -133,13 +141,16 @@ Result<> Session::serve(std::function<void()> on_ready) {
   phase_ = Phase::ended;
   phase_.notify_all();
   stop_counting_ = true;
-  fuse_session_unmount(session_);  // also ends calls of our own threads into the mount
+  if (control_ && looped) control_->quiesce();  // its calls have been answered, or fail since the mount is gone
+  fuse_session_unmount(session_);               // also ends calls of our own threads into the mount
   attendant.join();
+  if (control_) control_->quiesce();
 
+  if (tree_.snapshots() != nullptr) tree_.snapshots()->close_all();
   const Result<> closed = disk_.close();
   for (const Result<>* result : {&looped, &closed})
-    if (!*result) log_error("{}: {}", image_, result->error().text());
-  if (reporter_) reporter_->tell(closed);
+    if (!*result) log_error("{}: {}", subject_.image, result->error().text());
+  if (control_) control_->tell_closed(closed);
   return closed ? looped : closed;
 }
 
@@ -165,23 +176,24 @@ Result<> Session::loop() {
 void Session::attend(const std::function<void()>& on_ready) {
   phase_.wait(Phase::starting);
   if (phase_ != Phase::serving) return;
-  if (options_.writeback_cache && mountpoint_.kind == MountpointKind::file) publish_size();
+  if (control_) control_->start([this](const control::Request& request) { return commands_.run(request); });
+  // With a write-back cache the kernel knows a file's size from the lookup of its name, but the root has none: until
+  // somebody sets it, a root file is empty.
+  if (options_.writeback_cache && mountpoint_.kind == MountpointKind::file)
+    if (auto published = cache_->publish_size(); !published)
+      log_warning("tell the kernel the size: {}", published.error().text());
   if (on_ready) on_ready();
   if (auto counted = disk_.count_allocated(stop_counting_); !counted)
-    log_warning("{}: count allocated clusters: {}", image_, counted.error().text());
-}
-
-/// With a write-back cache the kernel is the master of size and time. It knows them from the lookup of a name, but the
-/// root has none: until somebody sets them, a root file is empty.
-void Session::publish_size() {
-  if (auto set = set_size_and_time(mountpoint_.path, disk_.size(), file_.attributes().st_mtim); !set)
-    log_warning("tell the kernel the size: {}", set.error().text());
+    log_warning("{}: count allocated clusters: {}", subject_.image, counted.error().text());
 }
 
 /// Ends the loop from another thread. The signal may come between the loop's look at the flag and its wait, therefore
 /// it is repeated.
 void Session::end_loop() {
-  if (phase_ == Phase::serving) write_back_pages();
+  if (phase_ == Phase::serving) {
+    if (control_) control_->quiesce();  // its commands may wait for requests of their own
+    write_back_pages();
+  }
   fuse_session_exit(session_);
   while (phase_ != Phase::ended) {
     pthread_kill(loop_thread_, kWakeSignal);
@@ -191,10 +203,31 @@ void Session::end_loop() {
 
 /// As an unmount does, but while requests are still answered.
 void Session::write_back_pages() {
-  if (options_.read_only) return;
-  const bool is_root = mountpoint_.kind == MountpointKind::file;
-  if (auto written = write_back(is_root ? mountpoint_.path : mountpoint_.path + "/" + kDiskName, device_); !written)
-    log_error("write back cached data: {}", written.error().text());
+  if (auto written = cache_->write_back(); !written) log_error("write back cached data: {}", written.error().text());
+}
+
+control::Json Session::describe() const {
+  return {{"image", subject_.image},
+          {"image-device", subject_.device},
+          {"image-inode", subject_.inode},
+          {"mountpoint", mountpoint_.path}};
+}
+
+Result<> Session::settle() { return cache_->write_back(); }
+
+Result<> Session::replaced() {
+  file_.touch();
+  IMG_TRY(cache_->drop());
+  return cache_->publish_size();
+}
+
+Result<> Session::resized() {
+  file_.touch();
+  return cache_->publish_size();
+}
+
+void Session::snapshots_changed() {
+  if (tree_.snapshots() != nullptr) tree_.snapshots()->refresh();
 }
 
 }  // namespace imgfuse::fuse

@@ -10,7 +10,9 @@
 #include <optional>
 #include <string>
 
-#include "fuse/close_report.h"
+#include "control/commands.h"
+#include "control/server.h"
+#include "fuse/kernel_cache.h"
 #include "fuse/mountpoint.h"
 #include "fuse/options.h"
 #include "fuse/raw_file.h"
@@ -27,17 +29,21 @@ struct Served;
 /// are other threads: it handles signals for the whole process.
 ///
 ///     mount() ──► serve(): threads answer requests ──► unmounted, or a signal, or stop() ──► disk closed, report told
-class Session {
+///
+/// While it serves, a control socket takes the commands of control/commands.h.
+class Session : private control::Presenter {
  public:
   /// What the user sees of the image.
   struct Subject {
     std::string image;  ///< absolute path
-    timespec modified;  ///< of the image file
+    timespec modified;  ///< of the image file, as are:
+    dev_t device = 0;
+    ino_t inode = 0;
   };
   /// Mounts. Requests wait in the kernel until serve(). Does not close the disk when it fails.
   static Result<std::unique_ptr<Session>> mount(Disk& disk, const Subject& subject, const Mountpoint& mountpoint,
                                                 const MountOptions& options);
-  ~Session();
+  ~Session() override;
 
   /// Serves until somebody unmounts, SIGTERM, SIGINT or SIGHUP comes, or stop() is called; then unmounts, closes the
   /// disk, and tells the ones who wait in `imgfuse umount`. Returns the error of closing, if any; it is in the log too.
@@ -52,20 +58,27 @@ class Session {
   Result<> loop();
   void end_loop();
   void attend(const std::function<void()>& on_ready);
-  void publish_size();
   void write_back_pages();
+
+  // For the commands, in the thread of the control socket.
+  control::Json describe() const override;
+  Result<> settle() override;
+  Result<> replaced() override;
+  Result<> resized() override;
+  void snapshots_changed() override;
 
   // Fixed after mount().
   Disk& disk_;
-  const std::string image_;
+  const Subject subject_;
   const Mountpoint mountpoint_;
   const MountOptions options_;
   RawFile file_;
   Tree tree_;
   std::unique_ptr<Served> served_;
   fuse_session* session_ = nullptr;
-  dev_t device_ = 0;  // of the mount
-  std::optional<CloseReporter> reporter_;
+  std::optional<KernelCache> cache_;
+  control::Commands commands_{disk_, *this};
+  std::unique_ptr<control::Server> control_;  // null if there can be none
   const pthread_t loop_thread_ = pthread_self();
 
   enum class Phase { starting, serving, ended };

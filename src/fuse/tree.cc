@@ -3,6 +3,15 @@
 #include <utility>
 
 namespace imgfuse::fuse {
+namespace {
+
+/// Snapshots are numbered from here on.
+constexpr NodeNumber kFirstSnapshot = NodeNumber{1} << 32;
+
+/// To a node that lives as long as the tree: counts nothing.
+NodeRef borrow(const Node& node) { return NodeRef(std::shared_ptr<void>(), &node); }
+
+}  // namespace
 
 NodeNumber Tree::add_file(NodeNumber directory, std::string name, RawFile& file) {
   const NodeNumber number = nodes_.size() + 1;
@@ -10,20 +19,29 @@ NodeNumber Tree::add_file(NodeNumber directory, std::string name, RawFile& file)
   return number;
 }
 
-const Node* Tree::find(NodeNumber number) const {
-  return number >= kRootNode && number <= nodes_.size() ? &nodes_[number - 1] : nullptr;
+void Tree::add_snapshots(NodeNumber directory, std::string name, Disk& disk, const FileOwner& owner) {
+  const NodeNumber number = nodes_.size() + 1;
+  nodes_.push_back({number, directory, std::move(name), nullptr});
+  snapshots_ = std::make_unique<SnapshotFolder>(disk, number, kFirstSnapshot, owner);
 }
 
-const Node* Tree::find(NodeNumber directory, std::string_view name) const {
-  for (const Node* child : children(directory))
+NodeRef Tree::find(NodeNumber number) const {
+  if (number >= kFirstSnapshot) return snapshots_ ? snapshots_->find(number) : nullptr;
+  return number >= kRootNode && number <= nodes_.size() ? borrow(nodes_[number - 1]) : nullptr;
+}
+
+NodeRef Tree::find(NodeNumber directory, std::string_view name) const {
+  if (is_changing(directory)) return snapshots_->find(name);
+  for (const NodeRef& child : children(directory))
     if (child->name == name) return child;
   return nullptr;
 }
 
-std::vector<const Node*> Tree::children(NodeNumber directory) const {
-  std::vector<const Node*> children;
+std::vector<NodeRef> Tree::children(NodeNumber directory) const {
+  if (is_changing(directory)) return snapshots_->children();
+  std::vector<NodeRef> children;
   for (const Node& node : nodes_)
-    if (node.parent == directory && node.number != kRootNode) children.push_back(&node);
+    if (node.parent == directory && node.number != kRootNode) children.push_back(borrow(node));
   return children;
 }
 
@@ -36,6 +54,8 @@ struct stat Tree::attributes(const Node& node) const {
     const mode_t readable = owner_.mode & 0444;
     attributes.st_mode = S_IFDIR | readable | (readable >> 2);
     attributes.st_nlink = 2;
+    for (const Node& child : nodes_)
+      if (child.parent == node.number && child.number != kRootNode && child.file == nullptr) ++attributes.st_nlink;
     attributes.st_uid = owner_.uid;
     attributes.st_gid = owner_.gid;
     attributes.st_atim = attributes.st_mtim = attributes.st_ctim = modified_;

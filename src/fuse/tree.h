@@ -3,27 +3,19 @@
 
 #include <sys/stat.h>
 
-#include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "fuse/node.h"
 #include "fuse/raw_file.h"
+#include "fuse/snapshot_folder.h"
 
 namespace imgfuse::fuse {
 
-/// As the kernel numbers it; the root is 1.
-using NodeNumber = uint64_t;
-inline constexpr NodeNumber kRootNode = 1;
-
-struct Node {
-  NodeNumber number;
-  NodeNumber parent;
-  std::string name;
-  RawFile* file;  ///< null: a directory
-};
-
-/// The nodes of a mount. Built before the mount and fixed from then on, so that any thread may read. Borrows the files.
+/// The nodes of a mount: those that are built before the mount and fixed from then on, and a folder of snapshots, which
+/// come and go. Any thread may read. Borrows the files.
 class Tree {
  public:
   /// The mount point itself is the file.
@@ -32,11 +24,16 @@ class Tree {
   static Tree of_directory(const FileOwner& owner, timespec modified) { return Tree(nullptr, owner, modified); }
 
   NodeNumber add_file(NodeNumber directory, std::string name, RawFile& file);
+  /// The snapshots of a disk whose file has this owner. Once, and only if the disk can have snapshots.
+  void add_snapshots(NodeNumber directory, std::string name, Disk& disk, const FileOwner& owner);
+  SnapshotFolder* snapshots() const { return snapshots_.get(); }
 
-  /// Null if there is no such node.
-  const Node* find(NodeNumber number) const;
-  const Node* find(NodeNumber directory, std::string_view name) const;
-  std::vector<const Node*> children(NodeNumber directory) const;
+  NodeRef find(NodeNumber number) const;
+  NodeRef find(NodeNumber directory, std::string_view name) const;
+  /// By ascending number.
+  std::vector<NodeRef> children(NodeNumber directory) const;
+  /// Whether names in the directory can come and go.
+  bool is_changing(NodeNumber directory) const { return snapshots_ && snapshots_->number() == directory; }
   struct stat attributes(const Node& node) const;
 
  private:
@@ -46,6 +43,7 @@ class Tree {
   FileOwner owner_;          // of directories
   timespec modified_;        // of directories
   std::vector<Node> nodes_;  // node n stands at n - 1
+  std::unique_ptr<SnapshotFolder> snapshots_;
 };
 
 }  // namespace imgfuse::fuse

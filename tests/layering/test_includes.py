@@ -19,8 +19,9 @@ ALLOWED = {
     'open': BELOW_FORMATS | FORMATS | {'format'},
     'layer': BESIDE_CORE,
     'job': BESIDE_CORE,
-    'fuse': {'include', 'base'},
-    'tools': {'include', 'fuse'},
+    'control': {'include', 'base'},
+    'fuse': {'include', 'base', 'control'},
+    'tools': {'include', 'control', 'fuse'},
 }
 
 # Libraries that stay behind one door.

@@ -26,6 +26,7 @@ int run_mount(Io& io, Arguments args);
 int run_mount_helper(Io& io, Arguments args);
 int run_umount(Io& io, Arguments args);
 int run_create(Io& io, Arguments args);
+int run_snapshot(Io& io, Arguments args);
 int run_info(Io& io, Arguments args);
 int run_map(Io& io, Arguments args);
 int run_check(Io& io, Arguments args);

@@ -1,31 +1,16 @@
 // imgfuse info: what an image is. Never opens what the image names unless asked for the chain.
-#include <fmt/chrono.h>
 #include <fmt/format.h>
 
-#include <nlohmann/json.hpp>
-
 #include "command.h"
+#include "control/protocol.h"
 #include "imgfuse/check.h"
+#include "snapshot_list.h"
 #include "text.h"
 
 namespace imgfuse::tool {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
-constexpr uint64_t kNanoseconds = 1'000'000'000;
-
-Json to_json(const SnapshotInfo& snapshot) {
-  Json json = {{"id", snapshot.id},
-               {"name", snapshot.name},
-               {"vm-state-size", snapshot.vm_state_size},
-               {"date-sec", snapshot.date_sec},
-               {"date-nsec", snapshot.date_nsec},
-               {"vm-clock-sec", snapshot.vm_clock_nsec / kNanoseconds},
-               {"vm-clock-nsec", snapshot.vm_clock_nsec % kNanoseconds}};
-  if (snapshot.icount) json["icount"] = *snapshot.icount;
-  return json;
-}
+using control::Json;
 
 Json to_json(const Qcow2Info& qcow2) {
   Json data = {
@@ -48,18 +33,9 @@ Json to_json(const ImageInfo& image) {
   if (image.backing_filename) json["backing-filename"] = *image.backing_filename;
   if (image.full_backing_filename) json["full-backing-filename"] = *image.full_backing_filename;
   if (image.backing_format) json["backing-filename-format"] = *image.backing_format;
-  for (const SnapshotInfo& snapshot : image.snapshots) json["snapshots"].push_back(to_json(snapshot));
+  for (const SnapshotInfo& snapshot : image.snapshots) json["snapshots"].push_back(control::to_json(snapshot));
   if (image.qcow2) json["format-specific"] = to_json(*image.qcow2);
   return json;
-}
-
-void print_snapshots(std::ostream& out, const std::vector<SnapshotInfo>& snapshots) {
-  out << "Snapshot list:\n"
-      << fmt::format("{:<8}{:<20}{:>10}  {:<21}{}\n", "ID", "TAG", "VM SIZE", "DATE", "DISK SIZE");
-  for (const SnapshotInfo& snapshot : snapshots)
-    out << fmt::format("{:<8}{:<20}{:>10}  {:%Y-%m-%d %H:%M:%S}  {}\n", snapshot.id, snapshot.name,
-                       human_size(snapshot.vm_state_size), fmt::localtime(std::time_t{snapshot.date_sec}),
-                       human_size(snapshot.disk_size));
 }
 
 void print_qcow2(std::ostream& out, const Qcow2Info& qcow2) {
@@ -92,7 +68,7 @@ void print_chain(std::ostream& out, const std::vector<ImageInfo>& images, bool j
   if (json) {
     Json array = Json::array();
     for (const ImageInfo& image : images) array.push_back(to_json(image));
-    out << array.dump(4) << "\n";
+    out << control::to_text(array) << "\n";
     return;
   }
   for (size_t i = 0; i < images.size(); ++i) {
@@ -109,7 +85,7 @@ Result<> info(Io& io, const std::string& path, const OpenOptions& options, bool 
   }
   IMG_LET(const ImageInfo image, image_info(path, options));
   if (json) {
-    io.out << to_json(image).dump(4) << "\n";
+    io.out << control::to_text(to_json(image)) << "\n";
   } else {
     print(io.out, image);
   }

@@ -23,6 +23,7 @@ constexpr std::array kCommands = {
     Command{"mount", run_mount, "present an image as a raw file (the word mount may be left out)"},
     Command{"umount", run_umount, "unmount, and wait until the image is closed"},
     Command{"create", run_create, "make a new image"},
+    Command{"snapshot", run_snapshot, "list, create, apply and delete snapshots, also of a mounted image"},
     Command{"info", run_info, "say what an image is"},
     Command{"map", run_map, "list which parts hold data, and where"},
     Command{"check", run_check, "check an image, and repair it if asked to"},

@@ -116,7 +116,8 @@ Result<fuse::Session::Subject> find_image(const std::string& path) {
   struct stat attributes;
   if (::stat(path.c_str(), &attributes) != 0)
     return fail(errno == EACCES ? ErrorCode::denied : ErrorCode::not_found, "open: {}", strerror(errno));
-  return fuse::Session::Subject{std::filesystem::absolute(path), attributes.st_mtim};
+  return fuse::Session::Subject{std::filesystem::absolute(path), attributes.st_mtim, attributes.st_dev,
+                                attributes.st_ino};
 }
 
 Result<fuse::Mountpoint> find_mountpoint(const MountRequest& request) {

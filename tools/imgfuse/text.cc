@@ -58,6 +58,12 @@ std::string human_size(uint64_t bytes) {
   return fmt::format("{:.3g} {}", value, kNames[unit]);
 }
 
+std::string printable(std::string_view text) {
+  std::string safe;
+  for (const char c : text) safe += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
+  return safe;
+}
+
 void print_error(Io& io, std::string_view subject, const Error& error, std::string_view hint) {
   const std::string& text = error.text();
   const bool named = subject.empty() || text.starts_with(fmt::format("{}: ", subject));

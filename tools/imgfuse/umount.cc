@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "command.h"
-#include "fuse/close_report.h"
+#include "control/client.h"
 #include "fuse/mountpoint.h"
 #include "text.h"
 
@@ -69,10 +69,10 @@ std::string busy_hint(const std::string& mountpoint) {
 }
 
 int wait_for_daemons(Io& io, const std::string& mountpoint, const fuse::MountEntry& mounted,
-                     std::vector<fuse::CloseWaiter>& daemons) {
+                     std::vector<control::Client>& daemons) {
   int status = kSuccess;
-  for (fuse::CloseWaiter& daemon : daemons) {
-    const auto closed = daemon.wait();
+  for (control::Client& daemon : daemons) {
+    const auto closed = daemon.wait_closed();
     if (closed) continue;
     print_error(io, mounted.source, closed.error());
     status = kFailure;
@@ -90,7 +90,7 @@ int umount(Io& io, const std::string& mountpoint, bool lazy) {
   if (!path) return failed(path.error());
   const auto mounted = fuse::find_mount(*path);
   if (!mounted) return failed(Error(ErrorCode::not_found, "nothing is mounted here"));
-  auto daemons = fuse::CloseWaiter::connect(mounted->device, mounted->user);
+  auto daemons = control::Client::connect(mounted->device, mounted->user);
   if (mounted->type != "fuse.imgfuse" && (daemons.empty() || !fuse::is_fuse(*mounted)))
     return failed(Error(ErrorCode::invalid, fmt::format("not an imgfuse mount but {}", mounted->type)));
 

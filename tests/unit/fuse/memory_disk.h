@@ -15,7 +15,7 @@ class MemoryDisk : public Disk {
  public:
   static constexpr uint64_t kUnit = 4096;
 
-  explicit MemoryDisk(uint64_t size, bool read_only = false) : read_only_(read_only) { grow(size); }
+  explicit MemoryDisk(uint64_t size, bool read_only = false) : read_only_(read_only) { set_size(size); }
 
   /// What the next writes, flushes and the close return.
   void fail_with(std::optional<Error> error) EXCLUDES(mutex_) {
@@ -30,7 +30,7 @@ class MemoryDisk : public Disk {
   }
 
  private:
-  void grow(uint64_t size) {
+  void set_size(uint64_t size) {
     const Lock lock(mutex_);
     content_.resize(size);
     units_.resize((size + kUnit - 1) / kUnit, ExtentKind::hole);
@@ -89,8 +89,7 @@ class MemoryDisk : public Disk {
     return status();
   }
   Result<> do_resize(uint64_t size, ResizeOptions) override {
-    if (size < size_) return fail(ErrorCode::unsupported, "shrinking is not supported");
-    grow(size);
+    set_size(size);
     return {};
   }
   Result<> do_close() override {

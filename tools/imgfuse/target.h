@@ -1,0 +1,30 @@
+// What a subcommand works on: an image that it opens, or the daemon that has it open.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "control/client.h"
+#include "imgfuse/open.h"
+
+namespace imgfuse::tool {
+
+/// Runs the commands of control/commands.h, wherever the image is open. A writable image that is opened here is to be
+/// closed with close().
+class Target {
+ public:
+  /// `path` is a mount point, or an image. An image that is in use is looked for among the mounts of this user.
+  static Result<Target> open(const std::string& path, const OpenOptions& options);
+
+  Result<control::Json> run(const std::string& command, const control::Json& arguments = control::Json::object());
+  Result<> close();
+
+ private:
+  using Where = std::variant<control::Client, std::unique_ptr<Disk>>;
+  explicit Target(Where where) : where_(std::move(where)) {}
+  Where where_;
+};
+
+}  // namespace imgfuse::tool
