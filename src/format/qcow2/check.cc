@@ -26,7 +26,8 @@ class Comparison {
         examination_(examination),
         survey_(*examination.survey),
         bits_(1u << header.refcount_order),
-        end_(std::max(survey_.file_clusters, survey_.references.end())) {}
+        counted_end_(std::max(survey_.file_clusters, survey_.references.end())),
+        end_(std::max({counted_end_, survey_.copied.end(), survey_.not_copied.end()})) {}
 
   Result<> run() {
     const uint64_t per_block = header_.refcounts_per_block();
@@ -62,13 +63,24 @@ class Comparison {
 
   /// Clusters whose stored counts are all zero.
   void compare_uncounted(uint64_t first, uint64_t last) {
-    for (auto cluster = survey_.references.next(first); cluster && *cluster < last;
-         cluster = survey_.references.next(*cluster + 1))
-      compare_cluster(*cluster, 0);
+    const ReferenceCounts& references = survey_.references;
+    for (auto c = references.next(first); c && *c < last; c = references.next(*c + 1)) compare_cluster(*c, 0);
+    const ReferenceCounts& copied = survey_.copied;
+    for (auto c = copied.next(std::max(first, references.end())); c && *c < last; c = copied.next(*c + 1))
+      compare_cluster(*c, 0);
   }
 
   void compare_cluster(uint64_t cluster, uint64_t stored) {
-    const uint64_t counted = survey_.references.get(cluster);
+    if (cluster < counted_end_) compare_counts(cluster, stored, survey_.references.get(cluster));
+    // The flag promises that a cluster may be overwritten. Only entries in the active tables keep the promise.
+    const uint64_t wrong_flags = stored == 1 ? survey_.not_copied.get(cluster) : survey_.copied.get(cluster);
+    if (wrong_flags == 0) return;
+    examination_.wrong_flags += wrong_flags;
+    findings_.corruption(wrong_flags, "cluster {}: refcount {}, but {} entries point at it {} the COPIED flag", cluster,
+                         stored, wrong_flags, stored == 1 ? "without" : "with");
+  }
+
+  void compare_counts(uint64_t cluster, uint64_t stored, uint64_t counted) {
     if (stored == 0 && counted == 0) return;
     used_end_ = std::max(used_end_, cluster + 1);
     if (stored > counted) {
@@ -78,12 +90,6 @@ class Comparison {
     } else if (counted > 1 && survey_.metadata_overlaps(cluster)) {
       findings_.corruption(1, "cluster {} holds metadata, but has {} references", cluster, counted);
     }
-    // The flag promises that a cluster may be overwritten. Only entries in the active tables keep the promise.
-    const uint64_t wrong_flags = stored == 1 ? survey_.not_copied.get(cluster) : survey_.copied.get(cluster);
-    if (wrong_flags == 0) return;
-    examination_.wrong_flags += wrong_flags;
-    findings_.corruption(wrong_flags, "cluster {}: refcount {}, but {} entries point at it {} the COPIED flag", cluster,
-                         stored, wrong_flags, stored == 1 ? "without" : "with");
   }
 
   Storage& storage_;
@@ -92,7 +98,8 @@ class Comparison {
   Examination& examination_;
   Survey& survey_;
   const uint32_t bits_;
-  const uint64_t end_;
+  const uint64_t counted_end_;  // counts behind the end of the file mean nothing,
+  const uint64_t end_;          // unless an entry still points there
   uint64_t used_end_ = 0;
 };
 
@@ -121,22 +128,13 @@ Result<> clear_marks(Storage& storage, const Header& header) {
   return storage.flush();
 }
 
-Result<Header> read_checkable_header(Storage& storage) {
-  IMG_LET(Header header, read_header(storage, Purpose::repair));
-  if (header.incompatible & kExtendedL2)
-    return fail(ErrorCode::unsupported, "checking extended L2 entries (subclusters) is not supported");
-  if (header.incompatible & kDataFile)
-    return fail(ErrorCode::unsupported, "checking an image with an external data file is not supported");
-  return header;
-}
-
 /// What is wrong, the worst first.
 auto severity(const CheckReport& report) { return std::tuple(report.check_errors, report.corruptions, report.leaks); }
 
 }  // namespace
 
 Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) {
-  IMG_LET(Header header, read_checkable_header(storage));
+  IMG_LET(Header header, read_header(storage, Purpose::repair));
   IMG_LET(Examination found, examine(storage, header, sink));
   if (mode == Repair::none) return found.report;
   const CheckReport first = found.report;
@@ -150,7 +148,7 @@ Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) 
     before = severity(found.report);
     IMG_TRY(repair(storage, header, mode, found));
     found = {};  // before the next one takes its memory
-    IMG_LET(header, read_checkable_header(storage));
+    IMG_LET(header, read_header(storage, Purpose::repair));
     IMG_LET(found, examine(storage, header, left));
   }
   CheckReport& report = found.report;

@@ -69,6 +69,7 @@ struct Header {
 inline constexpr HostOffset kSizeField{24};           // size 8, crypt 4, L1 entries 4, L1 offset 8: up to byte 48
 inline constexpr HostOffset kRefcountTableField{48};  // offset 8, clusters 4
 inline constexpr HostOffset kIncompatibleField{72};   // v3 only: incompatible 8, compatible 8, autoclear 8
+inline constexpr HostOffset kAutoclearField{88};
 
 /// Limits on what an image may ask for (section 25).
 inline constexpr uint64_t kMaxL1Entries = uint64_t{4} << 20;

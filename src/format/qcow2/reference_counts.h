@@ -29,6 +29,7 @@ class MemoryBudget {
 class ReferenceCounts {
  public:
   static constexpr uint64_t kPageClusters = 16384;
+  static constexpr uint64_t kMaxCount = (uint64_t{1} << 32) - 1;
   static constexpr uint64_t kMaxClusters = (uint64_t{1} << 31) - 1;
 
   explicit ReferenceCounts(MemoryBudget& budget) : budget_(budget) {}

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/math.h"
-#include "format/qcow2/l2_entry.h"
+#include "format/qcow2/mend.h"
 #include "format/qcow2/rebuild.h"
 #include "format/qcow2/refcounts.h"
 #include "format/qcow2/table_scan.h"
@@ -20,18 +20,11 @@ class Repairer {
   Result<> keep_unexplained_counts();
   enum class Direction { up, down };
   Result<> adjust_counts(Direction direction);
-  Result<> mend_entries(Repair mode);
 
  private:
   Survey& survey() { return *found_.survey; }
   template <class F>
   Result<> edit_blocks(F f);
-  bool has_wrong_flags();
-  bool copied_wanted(HostOffset host) { return survey().references.get(host.bytes() >> header_.cluster_bits) == 1; }
-  bool mend_l1_entry(be<uint64_t>& raw);
-  bool mend_l2_entry(be<uint64_t>& raw, bool active, Repair mode);
-  Result<> mend_l1();
-  bool overlaps(HostRange range);
 
   Storage& storage_;
   const Header& header_;
@@ -90,7 +83,11 @@ Result<> Repairer::edit_blocks(F f) {
 Result<> Repairer::keep_unexplained_counts() {
   IMG_TRY(edit_blocks([&](uint64_t cluster, uint64_t stored) {
     const uint64_t counted = survey().references.get(cluster);
-    if (stored > counted) survey().references.add(cluster, stored - counted);
+    const uint64_t known = std::min(stored, ReferenceCounts::kMaxCount);
+    if (known > counted) {
+      survey().references.add(cluster, known - counted);
+      survey().unexplained.add(cluster, known - counted);
+    }
     return stored;
   }));
   return survey().check_budget();
@@ -104,80 +101,6 @@ Result<> Repairer::adjust_counts(Direction direction) {
   return storage_.flush();
 }
 
-/// Against the counts as they will be, not as they were found.
-bool Repairer::has_wrong_flags() {
-  const Survey& s = survey();
-  for (auto c = s.copied.next(0); c; c = s.copied.next(*c + 1))
-    if (s.references.get(*c) != 1) return true;
-  for (auto c = s.not_copied.next(0); c; c = s.not_copied.next(*c + 1))
-    if (s.references.get(*c) == 1) return true;
-  return false;
-}
-
-/// Something else lies in the range, so that nothing may be written there.
-bool Repairer::overlaps(HostRange range) {
-  const uint64_t last = (range.end().bytes() - 1) >> header_.cluster_bits;
-  for (uint64_t c = range.begin.bytes() >> header_.cluster_bits; c <= last; ++c)
-    if (survey().metadata_overlaps(c)) return true;
-  return false;
-}
-
-bool Repairer::mend_l1_entry(be<uint64_t>& raw) {
-  const L1Entry entry{raw};
-  const uint64_t cluster = entry.table().bytes() >> header_.cluster_bits;
-  if (!entry.present() || survey().active_tables.get(cluster) == 0) return false;  // none, or not a place for a table
-  if (entry.copied() == copied_wanted(entry.table())) return false;
-  raw = entry.raw ^ kCopied;
-  return true;
-}
-
-Result<> Repairer::mend_l1() {
-  const HostRange l1{header_.l1_offset, uint64_t{header_.l1_entries} * 8};
-  if (l1.empty() || overlaps(l1)) return {};
-  return edit_table(storage_, l1, [&](uint64_t, Entries entries) {
-    bool changed = false;
-    for (be<uint64_t>& raw : entries) changed |= mend_l1_entry(raw);
-    return Result<bool>(changed);
-  });
-}
-
-bool Repairer::mend_l2_entry(be<uint64_t>& raw, bool active, Repair mode) {
-  const L2Entry entry{raw};
-  const ClusterKind kind = entry.kind();
-  uint64_t mended = entry.raw;
-  if (kind == ClusterKind::compressed) {
-    if (mode == Repair::all) mended &= ~kCopied;
-  } else if (kind == ClusterKind::normal || kind == ClusterKind::zero_allocated) {
-    const bool aligned = entry.host().bytes() % header_.cluster_size() == 0;
-    if (!aligned && kind == ClusterKind::zero_allocated && mode == Repair::all) {
-      mended = kZeroFlag;  // its host cluster held nothing of value
-    } else if (aligned && active && entry.host().bytes() >> header_.cluster_bits < survey().references.end()) {
-      mended = copied_wanted(entry.host()) ? mended | kCopied : mended & ~kCopied;
-    }
-  }
-  if (mended == entry.raw) return false;
-  raw = mended;
-  return true;
-}
-
-/// COPIED flags in the active tables, and the few entries that can be put right by themselves.
-Result<> Repairer::mend_entries(Repair mode) {
-  if (!has_wrong_flags() && survey().mendable_entries == 0) return {};
-  IMG_TRY(mend_l1());
-  const Survey& s = survey();
-  for (auto c = s.l2_tables.next(0); c; c = s.l2_tables.next(*c + 1)) {
-    const bool active = s.active_tables.get(*c) != 0;
-    const HostRange table{HostOffset(*c << header_.cluster_bits), header_.cluster_size()};
-    if (overlaps(table)) continue;
-    IMG_TRY(edit_table(storage_, table, [&](uint64_t, Entries entries) {
-      bool changed = false;
-      for (be<uint64_t>& raw : entries) changed |= mend_l2_entry(raw, active, mode);
-      return Result<bool>(changed);
-    }));
-  }
-  return storage_.flush();
-}
-
 }  // namespace
 
 Result<> repair(Storage& storage, const Header& header, Repair mode, Examination& found) {
@@ -185,7 +108,7 @@ Result<> repair(Storage& storage, const Header& header, Repair mode, Examination
   const bool must_rebuild = found.survey->must_rebuild || found.incomplete_snapshots;
   if (mode == Repair::all && must_rebuild) {
     IMG_TRY(repairer.rebuild());
-    return repairer.mend_entries(mode);
+    return mend(storage, header, mode, found);
   }
   if (found.survey->must_rebuild)
     return fail(ErrorCode::corrupt,
@@ -194,7 +117,7 @@ Result<> repair(Storage& storage, const Header& header, Repair mode, Examination
   if (found.survey->lost_references) IMG_TRY(repairer.keep_unexplained_counts());
   if (mode == Repair::all) IMG_TRY(repairer.adjust_counts(Repairer::Direction::up));
   // With leaks only, the flags are right again once counts are, provided that nothing else is wrong.
-  if (mode == Repair::all || found.report.corruptions == found.wrong_flags) IMG_TRY(repairer.mend_entries(mode));
+  if (mode == Repair::all || found.report.corruptions == found.wrong_flags) IMG_TRY(mend(storage, header, mode, found));
   return repairer.adjust_counts(Repairer::Direction::down);
 }
 

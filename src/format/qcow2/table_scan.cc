@@ -8,14 +8,16 @@
 namespace imgfuse::qcow2 {
 namespace {
 
+constexpr uint64_t kLongestEntry = 16;
 constexpr uint64_t kPieceBytes = uint64_t{256} << 10;
 
 /// The data at the front of `range`, at most one piece of it; or a hole that is skipped.
 Result<StorageExtent> front_of(Storage& storage, HostRange range) {
   IMG_LET(StorageExtent extent, storage.extent(range));
-  // Holes begin and end between entries, as hosts have them in blocks. Should one not, read all.
-  if (extent.length == 0 || extent.length % 8 != 0) extent = {range.length, true};
   extent.length = std::min(extent.length, range.length);
+  // Holes begin and end between entries, as hosts have them in blocks. Should one not, read all.
+  if (extent.length < range.length && extent.length % kLongestEntry != 0) extent.length = 0;
+  if (extent.length == 0) extent = {range.length, true};
   if (extent.data) extent.length = std::min(extent.length, kPieceBytes);
   return extent;
 }

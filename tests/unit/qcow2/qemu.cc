@@ -24,7 +24,10 @@ class TemporaryFile {
     ::close(fd);
     path_ = name;
   }
-  ~TemporaryFile() { ::unlink(path_.c_str()); }
+  ~TemporaryFile() {
+    ::unlink(path_.c_str());
+    ::unlink((path_ + ".data").c_str());  // where a command keeps the data apart
+  }
   TemporaryFile(const TemporaryFile&) = delete;
   TemporaryFile& operator=(const TemporaryFile&) = delete;
   const std::string& path() const { return path_; }

@@ -57,6 +57,7 @@ std::vector<uint64_t> mapping(const MemImage& image) {
 struct Damage {
   const char* name;
   std::function<void(S&)> make;
+  bool changes_mapping = false;  ///< what cannot be followed has to go
 };
 
 /// Damage that a repair of everything puts right.
@@ -82,7 +83,17 @@ const Damage kMendable[] = {
     {"two guest clusters on one host cluster", [](S& s) { s.set_l2(1, s.l2(0)); }},
     {"compressed with COPIED", [](S& s) { s.set_l2(0, kCompressedBit | kCopiedBit | S::kData); }},
     {"compressed over data", [](S& s) { s.set_l2(2, kCompressedBit | S::kData); }},
-    {"unaligned zero cluster", [](S& s) { s.set_l2(0, s.l2(0) | 0x201); }},
+    {"unaligned zero cluster", [](S& s) { s.set_l2(0, s.l2(0) | 0x201); }, true},
+    {"reserved bits", [](S& s) { s.set_l2(0, s.l2(0) | 2); }, true},
+    {"unaligned", [](S& s) { s.set_l2(0, s.l2(0) | 0x200); }, true},
+    {"unaligned, in another one's cluster", [](S& s) { s.set_l2(2, s.l2(0) | 0x200); }, true},
+    {"past the end of the file", [](S& s) { s.set_l2(0, 0x10000000); }, true},
+    {"compressed past the end of the file", [](S& s) { s.set_l2(2, kCompressedBit | 0x10000000); }, true},
+    {"L1 reserved bits", [](S& s) { s.set_l1(s.l1() | 1); }},
+    {"L1 unaligned", [](S& s) { s.set_l1(s.l1() | 0x200); }, true},
+    {"L1 unaligned, without a table before it", [](S& s) { s.set_l1(0x90200); }, true},
+    {"L1 past the end of the file", [](S& s) { s.set_l1(0x10000000); }, true},
+    {"the file's end lost", [](S& s) { s.image.resize(S::kEnd - 2 * S::kCluster); }, true},
     {"points at a refcount block", [](S& s) { s.set_l2(0, S::kRefcountBlock | kCopiedBit); }},
     {"points at the refcount table",
      [](S& s) {
@@ -119,13 +130,12 @@ TEST_CASE("qcow2 repair: a repair of everything makes the image clean, for qemu-
     CAPTURE(std::string(damage.name));
     S sample;
     damage.make(sample);
-    const bool rewrites_an_entry = std::string(damage.name) == "unaligned zero cluster";
 
     const Repaired after = repaired(sample.image, Repair::all);
 
     INFO(after.findings);
     CHECK(after.report.clean());
-    if (!rewrites_an_entry) CHECK(mapping(after.image) == mapping(sample.image));
+    if (!damage.changes_mapping) CHECK(mapping(after.image) == mapping(sample.image));
     CHECK(peek<uint64_t>(after.image, 72) == 0);  // neither dirty nor corrupt
     expect_clean_for_all(after.image);
   }
@@ -133,8 +143,9 @@ TEST_CASE("qcow2 repair: a repair of everything makes the image clean, for qemu-
 
 TEST_CASE("qcow2 repair: fixed findings are counted apart from those left") {
   S sample;
-  sample.set_count(5, 3);              // a leak, and a wrong flag
-  sample.set_l2(1, sample.l2(1) | 2);  // cannot be repaired
+  sample.set_count(5, 3);    // a leak, and a wrong flag
+  sample.set_l2(2, S::kL1);  // cannot be repaired
+  sample.set_count(3, 2);
 
   const CheckReport report = repaired(sample.image, Repair::all).report;
 
@@ -147,25 +158,47 @@ TEST_CASE("qcow2 repair: fixed findings are counted apart from those left") {
 TEST_CASE("qcow2 repair: leaks are kept as long as a reference cannot be followed") {
   S sample;
   sample.set_l1(sample.l1() | 0x200);  // the table, and its data, look unused
-  for (const Repair mode : {Repair::leaks, Repair::all}) {
-    const Repaired after = repaired(sample.image, mode);
-    CHECK(after.report.leaks == 4);
-    CHECK(after.report.leaks_fixed == 0);
 
-    MemImage healed = after.image;
-    poke(healed, S::kL1, S::kL2 | kCopiedBit);
-    CHECK(check_image(healed).clean());
+  const Repaired after = repaired(sample.image, Repair::leaks);
+
+  CHECK(after.report.leaks == 4);
+  CHECK(after.report.leaks_fixed == 0);
+  MemImage healed = after.image;
+  poke(healed, S::kL1, S::kL2 | kCopiedBit);
+  CHECK(check_image(healed).clean());
+}
+
+TEST_CASE(
+    "qcow2 repair: an address between two clusters leads to the one before it, if that is in use by nobody else") {
+  S sample;
+  const S sound = sample;
+  SUBCASE("L1") { sample.set_l1(sample.l1() | 0x200); }
+  SUBCASE("L2") { sample.set_l2(1, sample.l2(1) | 0x4000); }
+
+  CHECK(mapping(repaired(sample.image, Repair::all).image) == mapping(sound.image));
+}
+
+TEST_CASE("qcow2 repair: what cannot be read never becomes what the backing file has") {
+  MemImage image = make_qcow2({.size = 1_MiB, .backing = "base.raw"});
+  image.write(S::kEnd - 1, std::array{std::byte{0}});
+  poke<uint64_t>(image, S::kL1, S::kL2 | kCopiedBit);
+  poke<uint16_t>(image, S::kRefcountBlock + 8, 1);
+  SUBCASE("a cluster reads as zeros") {
+    poke<uint64_t>(image, S::kL2, 0x10000000);
+    const Repaired after = repaired(image, Repair::all);
+    CHECK(after.report.clean());
+    CHECK(peek<uint64_t>(after.image, S::kL2) == 1);
+  }
+  SUBCASE("a table is left as it is") {
+    poke<uint64_t>(image, S::kL1, 0x10000000);
+    const Repaired after = repaired(image, Repair::all);
+    CHECK(after.report.corruptions == 1);
+    CHECK(peek<uint64_t>(after.image, S::kL1) == 0x10000000);
   }
 }
 
 TEST_CASE("qcow2 repair: what it cannot mend it leaves alone, and the marks too") {
   const Damage list[] = {
-      {"reserved bits", [](S& s) { s.set_l2(0, s.l2(0) | 2); }},
-      {"unaligned", [](S& s) { s.set_l2(0, s.l2(0) | 0x200); }},
-      {"past the end of the file", [](S& s) { s.set_l2(0, 0x10000000); }},
-      {"L1 reserved bits", [](S& s) { s.set_l1(s.l1() | 1); }},
-      {"L1 unaligned", [](S& s) { s.set_l1(s.l1() | 0x200); }},
-      {"L1 past the end of the file", [](S& s) { s.set_l1(0x10000000); }},
       {"data on the L1 table", [](S& s) { s.set_l2(2, S::kL1); }},
       {"data on the header's neighbour", [](S& s) { s.set_l2(2, S::kL2); }},
   };

@@ -1,0 +1,126 @@
+"""Images damaged in many ways: what imgfuse finds, what it repairs, and what it leaves alone."""
+import json
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+
+from damage import KINDS
+from harness import IMGFUSE, SCRATCH, ImageCase, attempt, run
+from qcow2_bytes import Image
+
+COUNTS = ('corruptions', 'leaks', 'check-errors', 'total-clusters', 'allocated-clusters', 'compressed-clusters',
+          'fragmented-clusters', 'image-end-offset')
+
+
+class Originals:
+    """Each image to be damaged, made once."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix='imgfuse-test-', dir=SCRATCH))
+        self.images = {}
+
+    def of(self, base):
+        if base not in self.images:
+            folder = self.folder / base.__name__
+            folder.mkdir()
+            self.images[base] = base(folder)
+        return self.images[base]
+
+
+def setUpModule():
+    global ORIGINALS
+    ORIGINALS = Originals()
+    print('%d kinds of damage, %s' % (len(KINDS), IMGFUSE))
+
+
+def tearDownModule():
+    shutil.rmtree(ORIGINALS.folder, ignore_errors=True)
+
+
+def report_of(outcome):
+    """Exit status and counts; those that are zero are not in the JSON."""
+    found = json.loads(outcome.out) if outcome.out.startswith('{') else {}
+    return {'status': outcome.status, **{key: found.get(key, 0) for key in COUNTS}}
+
+
+class Damaged(ImageCase):
+    """One test for each kind of damage; they are made at the end of this file."""
+
+    def damage(self, kind):
+        original = ORIGINALS.of(kind.base)
+        image = self.path('damaged.qcow2')
+        shutil.copyfile(original, image)
+        changed = Image(image)
+        kind.make(changed)
+        changed.save()
+        if (original.parent / 'below.raw').exists():
+            self.path('below.raw').symlink_to(original.parent / 'below.raw')
+        self.backing = self.bytes_of(original.parent / 'below.raw')
+        self.data = self.bytes_of(original.with_suffix('.raw'))
+        return image
+
+    def bytes_of(self, file):
+        return file.read_bytes() if file.exists() else b''
+
+    def check(self, image, *options):
+        return attempt(IMGFUSE, 'check', '--json', *options, image)
+
+    def qemu_check(self, image):
+        return attempt('qemu-img', 'check', '--output=json', '-f', 'qcow2', image)
+
+    def readable(self, image):
+        """All pieces of the disk, and of its snapshots' disks; None for those that cannot be read."""
+        image = Image(image)
+        pieces = image.pieces(self.backing, self.data)
+        for index in range(image.field('snapshot_count')):
+            pieces += image.snapshot_pieces(index, self.backing)
+        return pieces
+
+    def assert_nothing_lost(self, before, after):
+        self.assertEqual(len(before), len(after))
+        for index, (old, new) in enumerate(zip(before, after)):
+            if old is not None:
+                self.assertTrue(old == new, 'piece %d was readable and has changed' % index)
+
+    def assert_found_as_by_qemu(self, image, kind):
+        ours, theirs = self.check(image), self.qemu_check(image)
+        if kind.qemu is None:
+            self.assertEqual(report_of(ours), report_of(theirs), '%s\n%s' % (ours, theirs))
+        else:
+            self.assertNotEqual(report_of(ours), report_of(theirs), 'QEMU agrees: ' + kind.qemu)
+            self.assertEqual(ours.status, 2, str(ours))
+
+    def assert_whole_disk_readable(self, image):
+        """QEMU reads what we read, byte for byte."""
+        raw = self.path('whole.raw')
+        run('qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', image, raw)
+        self.assertTrue(raw.read_bytes() == b''.join(Image(image).pieces(self.backing, self.data)))
+
+
+def make_test(kind):
+    def test(self):
+        image = self.damage(kind)
+        before = self.readable(image)
+        self.assert_found_as_by_qemu(image, kind)
+
+        repair = self.check(image, '--repair', 'all')
+
+        after = self.readable(image)
+        self.assert_nothing_lost(before, after)
+        if not kind.mended:
+            self.assertEqual(repair.status, 2, str(repair))
+            return
+        self.assertEqual(repair.status, 0, str(repair))
+        self.assert_clean(image)
+        if None not in after:
+            self.assert_whole_disk_readable(image)
+    return test
+
+
+for _kind in KINDS:
+    setattr(Damaged, 'test_' + _kind.test_name, make_test(_kind))
+
+
+if __name__ == '__main__':
+    unittest.main()
