@@ -40,8 +40,8 @@ void for_each_entry(const MemImage& image, uint64_t offset, uint64_t entries, F 
 }  // namespace
 
 std::string Owner::text() const {
-  const char* names[] = {"header",         "refcount table", "refcount block", "L1 table",
-                         "snapshot table", "L2 table",       "guest cluster"};
+  const char* names[] = {"header",   "refcount table",   "refcount block", "L1 table",         "snapshot table",
+                         "L2 table", "bitmap directory", "bitmap table",   "bits of a bitmap", "guest cluster"};
   std::string text = fmt::format("{} {}", names[static_cast<int>(kind)], index);
   if (snapshot) text += fmt::format(" of snapshot {}", snapshot);
   return text;
@@ -64,6 +64,7 @@ std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   view.read_refcounts(image);
   view.read_l1(image, load<uint64_t>(image, 40), load<uint32_t>(image, 36), 0);
   view.read_snapshots(image, load<uint64_t>(image, 64), load<uint32_t>(image, 60));
+  view.read_bitmaps(image);
   std::sort(view.references_.begin(), view.references_.end());
   return view;
 }
@@ -150,6 +151,38 @@ void Qcow2View::read_snapshots(const MemImage& image, uint64_t offset, uint32_t 
     at += round_up(length, 8);
   }
   if (number > 0) add_table(offset, at - offset, Owner::Kind::snapshot_table, 0);
+}
+
+/// A bitmap's clusters have no path that outlives a store, so each is its own owner's.
+void Qcow2View::read_bitmaps(const MemImage& image) {
+  if (version_ < 3 || (load<uint64_t>(image, 88) & 1) == 0) return;
+  uint64_t at = load<uint32_t>(image, 100);
+  while (at + 32 <= cluster_size() && load<uint32_t>(image, at) != 0x23852875) {
+    if (load<uint32_t>(image, at) == 0) return;
+    at += 8 + round_up(load<uint32_t>(image, at + 4), 8);
+  }
+  const auto number = load<uint32_t>(image, at + 8);
+  const auto length = load<uint64_t>(image, at + 16);
+  const auto offset = load<uint64_t>(image, at + 24);
+  if (at + 32 > cluster_size() || length > 1 << 20) return;
+  const auto add = [&](uint64_t host, uint64_t bytes, Owner::Kind kind) {
+    if (host % cluster_size() != 0) problems_.push_back(fmt::format("{} at {:#x}", Owner{kind, 0, 0}.text(), host));
+    for (uint64_t i = 0; i < divide_up(bytes, cluster_size()); ++i) {
+      const uint64_t cluster = (host >> cluster_bits_) + i;
+      references_.push_back({cluster, {kind, 0, cluster}, true});
+    }
+  };
+  add(offset, length, Owner::Kind::bitmap_directory);
+  uint64_t entry = offset;
+  for (uint32_t i = 0; i < number && entry + 24 <= offset + length; ++i) {
+    const auto table = load<uint64_t>(image, entry);
+    const auto entries = load<uint32_t>(image, entry + 8);
+    add(table, uint64_t{entries} * 8, Owner::Kind::bitmap_table);
+    for_each_entry(image, table, entries, [&](uint64_t, uint64_t word) {
+      if (word & kAddress) add(word & kAddress, cluster_size(), Owner::Kind::bitmap_bits);
+    });
+    entry += round_up(uint64_t{24} + load<uint32_t>(image, entry + 20) + load<uint16_t>(image, entry + 18), 8);
+  }
 }
 
 uint64_t Qcow2View::count(uint64_t cluster) const {

@@ -14,10 +14,21 @@ namespace imgfuse::test {
 /// Who points at a host cluster. Guest data and L2 tables are named by the path to them, so that a table that was
 /// copied does not change who owns what it points at.
 struct Owner {
-  enum class Kind : uint8_t { header, refcount_table, refcount_block, l1_table, snapshot_table, l2_table, data };
+  enum class Kind : uint8_t {
+    header,
+    refcount_table,
+    refcount_block,
+    l1_table,
+    snapshot_table,
+    l2_table,
+    bitmap_directory,
+    bitmap_table,
+    bitmap_bits,
+    data
+  };
   Kind kind = Kind::header;
   uint16_t snapshot = 0;  ///< 0: the active disk, otherwise the snapshot's number
-  uint64_t index = 0;     ///< L1 index, guest cluster, block number, cluster of the table
+  uint64_t index = 0;     ///< L1 index, guest cluster, block number, cluster of the table, host cluster (bitmaps)
 
   auto operator<=>(const Owner&) const = default;
   bool is_metadata() const { return kind != Kind::data; }
@@ -56,6 +67,7 @@ class Qcow2View {
   void read_l1(const MemImage& image, uint64_t offset, uint64_t entries, uint16_t snapshot);
   void read_l2(const MemImage& image, uint64_t offset, uint64_t l1_index, uint16_t snapshot);
   void read_snapshots(const MemImage& image, uint64_t offset, uint32_t number);
+  void read_bitmaps(const MemImage& image);
   void add_table(uint64_t offset, uint64_t bytes, Owner::Kind kind, uint16_t snapshot);
 
   unsigned cluster_bits_ = 0;

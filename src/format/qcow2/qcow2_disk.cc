@@ -25,6 +25,7 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       image_(*storage_, header_, parameters.metadata_cache),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
+      bitmaps_(image_, allocator_, ranges_, latch_, read_only_),
       map_(image_, allocator_),
       flusher_(*storage_, *this, TableCache::kStages, latch_),
       snapshots_(hold_ || parameters.snapshot ? nullptr : std::make_unique<Qcow2Snapshots>(*this)) {}
@@ -45,21 +46,24 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
     IMG_LET(backing_, open_backing(*header_.backing_name, header_.backing_format));
     if (backing_) backing_size_ = backing_->size();
   }
+  if (snapshots_) IMG_TRY(bitmaps_.load(header_));
   if (read_only_) return {};
   IMG_LET(const uint64_t file_size, storage_->size());
   allocator_.start(file_size);
   image_.tables.set_make_room([this] { (void)flusher_.flush(); });  // an error stays in the latch
   IMG_TRY(clear_autoclear_bits());
+  IMG_TRY(bitmaps_.mark_in_use());
   closed_ = false;
   return {};
 }
 
-/// imgfuse maintains none of the features that autoclear bits stand for, so they go before anything else changes.
+/// The features that imgfuse does not keep up go before anything else changes (I8).
 Result<> Qcow2Disk::clear_autoclear_bits() {
-  if (header_.autoclear == 0) return {};
-  const be<uint64_t> none(0);
-  IMG_TRY(storage_->write(kIncompatibleField + 16, std::as_bytes(std::span(&none, 1))));
-  header_.autoclear = 0;
+  const uint64_t kept = header_.autoclear & (bitmaps_.stored() ? kBitmaps : 0);
+  if (header_.autoclear == kept) return {};
+  const be<uint64_t> field(kept);
+  IMG_TRY(storage_->write(kIncompatibleField + 16, std::as_bytes(std::span(&field, 1))));
+  header_.autoclear = kept;
   return storage_->flush();
 }
 
@@ -268,7 +272,11 @@ Result<> Qcow2Disk::write_out() {
 
 Result<> Qcow2Disk::do_close() {
   Result<> result;
-  if (!closed_) result = write_out();
+  if (!closed_) {
+    result = write_out();
+    if (result) result = bitmaps_.store(flusher_);
+    if (result) result = write_out();
+  }
   closed_ = true;
   if (backing_)
     if (Result<> below = backing_->close(); result && !below) result = std::move(below);

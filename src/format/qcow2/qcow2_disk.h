@@ -8,6 +8,7 @@
 #include "core/flusher.h"
 #include "core/range_lock.h"
 #include "format/qcow2/allocator.h"
+#include "format/qcow2/dirty_bitmaps.h"
 #include "format/qcow2/image.h"
 #include "format/qcow2/map.h"
 #include "format/qcow2/qcow2.h"
@@ -28,6 +29,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> start(const BackingOpener& open_backing);
 
   Snapshots* snapshots() override { return snapshots_.get(); }
+  Bitmaps* bitmaps() override { return snapshots_ ? &bitmaps_ : nullptr; }  // they are the active disk's
 
   /// Counters for tests and benchmarks.
   TableCache::Statistics cache_statistics() const { return image_.tables.statistics(); }
@@ -94,6 +96,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Image image_;
   Refcounts refcounts_;
   Allocator allocator_;
+  DirtyBitmaps bitmaps_;
   Map map_;
   Flusher flusher_;
   std::unique_ptr<Qcow2Snapshots> snapshots_;  // null when this disk is one

@@ -66,6 +66,7 @@ Result<> Qcow2Disk::write_size(uint64_t size) {
     return written;
   }
   size_ = size;
+  bitmaps_.resize(size);
   return {};
 }
 

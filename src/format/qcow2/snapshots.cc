@@ -272,6 +272,8 @@ void Qcow2Snapshots::adopt(TreeChange& change, Outcome outcome, uint64_t table_b
   disk_.header_.snapshot_count = static_cast<uint32_t>(outcome.snapshots.size());
   disk_.header_.snapshots_offset = change.snapshot_table_offset();
   disk_.size_ = outcome.size;
+  disk_.bitmaps_.resize(outcome.size);
+  if (outcome.new_content) disk_.bitmaps_.record({GuestOffset(0), outcome.size});  // nobody knows what is the same
   Lock own(mutex_);
   table_ = {std::move(outcome.snapshots), table_bytes};
 }

@@ -26,6 +26,7 @@ Result<> Qcow2Disk::do_write(GuestOffset offset, ConstBytes data) {
   if (read_only_) return fail(ErrorCode::read_only, "{} is open read-only", storage_->info().name);
   {
     const auto lease = ranges_.shared({offset, data.size()});
+    bitmaps_.record({offset, data.size()});
     IMG_LET(const size_t written, write_in_place(offset, data));
     if (written == data.size()) return {};
     offset = offset + written;
@@ -33,6 +34,7 @@ Result<> Qcow2Disk::do_write(GuestOffset offset, ConstBytes data) {
   }
   {
     const auto lease = ranges_.exclusive(round_out({offset, data.size()}, image_.geometry.cluster_size));
+    bitmaps_.record({offset, data.size()});  // again: one may have been cleared while there was no lease
     while (!data.empty()) {
       IMG_LET(const Mapping run, map_.lookup({offset, data.size()}));
       IMG_LET(const size_t written, write_run(run, offset, data.first(run.length)));
@@ -134,6 +136,7 @@ Result<> Qcow2Disk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
     const uint64_t length = std::min(range.length, kPiece - range.begin.bytes() % kPiece);
     {
       const auto lease = ranges_.exclusive(round_out({range.begin, length}, image_.geometry.cluster_size));
+      bitmaps_.record({range.begin, length});
       IMG_TRY(zero_range({range.begin, length}, zeroing));
     }
     IMG_TRY(relieve());
@@ -211,6 +214,7 @@ Result<> Qcow2Disk::do_forget(GuestRange range) {
     {
       const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
       const auto lease = ranges_.exclusive(clusters);
+      bitmaps_.record({range.begin, length});
       IMG_TRY(forget_clusters(clusters));
     }
     IMG_TRY(relieve());
