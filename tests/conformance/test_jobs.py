@@ -182,6 +182,210 @@ class Compare(JobCase):
         self.assertIn(' %d!' % said['offset'], text)
 
 
+class Measure(JobCase):
+    OPTIONS = ((), ('-O', 'qcow2'), ('-O', 'qcow2', '-o', 'cluster_size=512'), ('-O', 'qcow2', '-o', 'cluster_size=2M'),
+               ('-O', 'qcow2', '-o', 'compat=0.10'), ('-O', 'qcow2', '-o', 'refcount_bits=1'),
+               ('-O', 'qcow2', '-o', 'refcount_bits=64,cluster_size=4k'), ('-O', 'qcow2', '-o', 'extended_l2=on'),
+               ('-O', 'qcow2', '-o', 'preallocation=metadata'), ('-O', 'qcow2', '-o', 'preallocation=falloc'),
+               ('-O', 'qcow2', '-o', 'backing_file=base.qcow2,backing_fmt=qcow2'))
+
+    def test_sizes(self):
+        for options in self.OPTIONS:
+            for size in ('0', '1', '512', '64k', '1M', '1G', '3T', '%d' % SIZE):
+                with self.subTest(options, size=size):
+                    self.assert_alike('measure', *options, '--size', size)
+                    ours, theirs = self.both('measure', '--output=json', *options, '--size', size)
+                    if theirs.status == 0:
+                        self.assertEqual(json.loads(ours.out), json.loads(theirs.out))
+
+    def test_images(self):
+        self.image('base.qcow2', size=4 * MiB, options='cluster_size=16k')
+        images = [self.image('plain.raw', 'raw'), self.image('plain.qcow2'),
+                  self.image('overlay.qcow2', options='cluster_size=4k', backing=('base.qcow2', 'qcow2'))]
+        for image, options in itertools.product(images, self.OPTIONS):
+            with self.subTest(options, image=image.name):
+                self.assert_alike('measure', *options, image)
+                ours, theirs = self.both('measure', '--output=json', *options, image)
+                self.assertEqual(json.loads(ours.out), json.loads(theirs.out))
+
+    def test_bad_requests(self):
+        image = self.image('plain.qcow2')
+        for arguments in ((), ('--size', '1G', image), ('--size', '-5'), ('-O', 'nonsense', image), (self.path('none'),)):
+            for outcome in self.both('measure', *arguments):
+                self.assertIn(outcome.status, (1, 2), outcome)
+
+
+class Resize(JobCase):
+    def resize_both(self, image, format, *arguments):
+        """The same on a copy by qemu-img; both are then alike."""
+        theirs = self.path('theirs')
+        run('cp', '--sparse=always', image, theirs)
+        outcome = attempt(IMGFUSE, 'resize', '-f', format, *arguments[:-1], image, arguments[-1])
+        expected = attempt('qemu-img', 'resize', '-f', format, *arguments[:-1], theirs, arguments[-1])
+        self.assertEqual((outcome.status, outcome.out), (expected.status, expected.out), '%s%s' % (outcome, expected))
+        self.assert_same_disk(image, format, theirs, format)
+        self.assertEqual(self.virtual_size(image, format), self.virtual_size(theirs, format))
+        if format == 'qcow2':
+            self.assert_clean(image)
+
+    @staticmethod
+    def virtual_size(image, format):
+        return json.loads(run('qemu-img', 'info', '-f', format, '--output=json', image))['virtual-size']
+
+    def test_growing(self):
+        for format in ('raw', 'qcow2'):
+            image = self.image('disk.' + format, format)
+            for arguments in (('8M',), ('+1M',), ('-q', '+64k'), ('+3G',), ('--preallocation=off', '+1M')):
+                with self.subTest(format, arguments=arguments):
+                    self.resize_both(image, format, *arguments)
+
+    def test_preallocation_of_raw_images(self):
+        image = self.image('disk.raw', 'raw')
+        for mode in ('falloc', 'full'):
+            self.resize_both(image, 'raw', '--preallocation=' + mode, '+4M')
+            self.assertGreaterEqual(image.stat().st_blocks * 512, 4 * MiB)
+
+    def test_shrinking_must_be_asked_for(self):
+        for format in ('raw', 'qcow2'):
+            image = self.image('disk.' + format, format)
+            before = sha256(image)
+            self.resize_both(image, format, '-1M')
+            self.resize_both(image, format, '1M')
+            self.assertEqual(sha256(image), before)
+        self.resize_both(image, 'qcow2', '6M')
+        self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '-1M')
+        self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '1M')
+
+    def test_what_a_longer_backing_file_holds_is_not_shown(self):
+        self.image('base.raw', 'raw', 9 * MiB)
+        qemu_io(self.path('base.raw'), 'raw', ['write -P 7 0 9M'])
+        overlay = self.image('overlay.qcow2', size=4 * MiB, backing=('base.raw', 'raw'))
+        self.resize_both(overlay, 'qcow2', '+20M')
+
+
+class Commit(JobCase):
+    def chain(self, base_format, base_size, overlay_size, version=3):
+        """base <- middle <- top, made twice: for us and for qemu-img."""
+        made = []
+        for folder in ('ours', 'theirs'):
+            self.random = random.Random('%d %s' % (SEED, self.id()))
+            self.path(folder).mkdir(exist_ok=True)
+            compat = 'compat=' + {2: '0.10', 3: '1.1'}[version]
+            self.image(folder + '/base', base_format, base_size)
+            self.image(folder + '/middle', 'qcow2', overlay_size, 'cluster_size=4k', ('base', base_format))
+            made.append(self.image(folder + '/top', 'qcow2', overlay_size, compat, ('middle', 'qcow2'), version))
+        return made
+
+    def commit_both(self, images, *options):
+        outcomes = [attempt(IMGFUSE, 'commit', *options, images[0]), attempt('qemu-img', 'commit', *options, images[1])]
+        ours, theirs = outcomes
+        self.assertEqual((ours.status, ours.out), (theirs.status, theirs.out), '%s\n%s' % (ours, theirs))
+        return ours
+
+    def test_into_the_backing_file_and_further_down(self):
+        for base_format, base_size, overlay_size, version in (
+                ('raw', SIZE, SIZE, 3), ('qcow2', SIZE, SIZE, 2), ('qcow2', 3 * MiB, SIZE, 3), ('raw', 3 * MiB, SIZE, 3),
+                ('qcow2', SIZE, 3 * MiB, 3)):
+            with self.subTest(base_format, base=base_size, overlay=overlay_size, version=version):
+                ours, theirs = self.chain(base_format, base_size, overlay_size, version)
+                content = self.path('content.raw')
+                run('qemu-img', 'convert', '-O', 'raw', ours, content)
+                for name in ('top', 'middle'):
+                    image, other = ours.parent / name, theirs.parent / name
+                    self.assertEqual(self.commit_both([image, other]).out, 'Image committed.\n')
+                    self.assert_same_disk(image, 'qcow2', content, 'raw')
+                    self.assert_clean(image)
+                    extents = json.loads(run('qemu-img', 'map', '--output=json', image))
+                    self.assertFalse([e for e in extents if e['depth'] == 0 and e['present']], 'it is not empty')
+                self.assert_same_disk(ours.parent / 'base', base_format, theirs.parent / 'base', base_format)
+                if base_format == 'qcow2':
+                    self.assert_clean(ours.parent / 'base')
+
+    def test_the_overlay_can_be_kept(self):
+        ours, theirs = self.chain('qcow2', SIZE, SIZE)
+        before = sha256(ours)
+        self.commit_both([ours, theirs], '-d')
+        self.assertEqual(sha256(ours), before)
+        self.assert_same_disk(ours.parent / 'middle', 'qcow2', theirs.parent / 'middle', 'qcow2')
+
+    def test_into_an_image_further_down(self):
+        for base_size in (SIZE, 9 * MiB):
+            ours, theirs = self.chain('qcow2', base_size, SIZE)
+            run('qemu-img', 'rebase', '-u', '-f', 'qcow2', '-b', 'middle', '-F', 'qcow2', ours)
+            outcomes = [attempt(IMGFUSE, 'commit', '-b', ours.parent / 'base', ours),
+                        attempt('qemu-img', 'commit', '-b', theirs.parent / 'base', theirs)]
+            self.assertEqual([o.status for o in outcomes], [0, 0], outcomes[0])
+            self.assert_same_disk(ours, 'qcow2', theirs, 'qcow2')
+            self.assert_same_disk(ours.parent / 'base', 'qcow2', theirs.parent / 'base', 'qcow2')
+            self.assert_clean(ours.parent / 'base')
+
+    def test_bad_requests(self):
+        ours, theirs = self.chain('raw', SIZE, SIZE)
+        before = sha256(ours)
+        for image in ('base', 'missing'):
+            self.assertEqual(attempt(IMGFUSE, 'commit', ours.parent / image).status, 1)
+            self.assertEqual(attempt('qemu-img', 'commit', theirs.parent / image).status, 1)
+        self.assertEqual(self.commit_both([ours, theirs], '-b', 'nonsense').status, 1)
+        self.assertEqual(sha256(ours), before)
+
+
+class Rebase(JobCase):
+    def make(self, old_size=SIZE, new_size=SIZE, size=SIZE, version=3):
+        self.image('old', 'qcow2', old_size)
+        self.image('new', 'qcow2', new_size, 'cluster_size=4k')
+        run('cp', self.path('old'), self.path('like_old'))
+        qemu_io(self.path('like_old'), 'qcow2', ['write -P 77 512k 100k'])
+        compat = 'compat=' + {2: '0.10', 3: '1.1'}[version]
+        return self.image('overlay', 'qcow2', size, compat, ('old', 'qcow2'), version)
+
+    def test_safely(self):
+        for old_size, new_size, size, version in ((SIZE, SIZE, SIZE, 3), (SIZE, SIZE, SIZE, 2), (3 * MiB, SIZE, SIZE, 3),
+                                                  (SIZE, 3 * MiB, SIZE, 3), (MiB + 512, 9 * MiB, 4 * MiB + 512, 3),
+                                                  (MiB + 512, 9 * MiB, 4 * MiB + 512, 2)):
+            for options in (('-b', 'new', '-F', 'qcow2'), ('-b', 'like_old', '-F', 'qcow2'), ('-b', '')):
+                with self.subTest(options, old=old_size, new=new_size, size=size, version=version):
+                    overlay, content = self.make(old_size, new_size, size, version), self.path('content.raw')
+                    run('qemu-img', 'convert', '-O', 'raw', overlay, content)
+                    theirs = self.path('theirs')
+                    run('cp', overlay, theirs)
+                    run(IMGFUSE, 'rebase', '-f', 'qcow2', *options, overlay)
+                    run('qemu-img', 'rebase', '-f', 'qcow2', *options, theirs)
+                    self.assert_same_disk(overlay, 'qcow2', content, 'raw')
+                    self.assert_clean(overlay)
+                    self.assertEqual(self.names(overlay), self.names(theirs))
+
+    @staticmethod
+    def names(image):
+        info = json.loads(run('qemu-img', 'info', '--output=json', image))
+        return info.get('backing-filename'), info.get('backing-filename-format')
+
+    def test_what_is_alike_is_not_copied(self):
+        overlay = self.make()
+        before = overlay.stat().st_blocks
+        run(IMGFUSE, 'rebase', '-b', 'like_old', '-F', 'qcow2', overlay)
+        self.assertLess((overlay.stat().st_blocks - before) * 512, 500 * KiB)
+
+    def test_unsafely(self):
+        overlay = self.make()
+        before = overlay.stat().st_blocks
+        run(IMGFUSE, 'rebase', '-u', '-b', 'new', '-F', 'qcow2', overlay)
+        self.assertEqual(self.names(overlay), ('new', 'qcow2'))
+        self.assertEqual(overlay.stat().st_blocks, before)
+        run(IMGFUSE, 'rebase', '-u', '-b', 'not/there', '-F', 'raw', overlay)
+        self.assertEqual(self.names(overlay), ('not/there', 'raw'))
+
+    def test_bad_requests(self):
+        overlay = self.make()
+        before = sha256(overlay)
+        for options in (('-b', 'missing', '-F', 'qcow2'), ('-b', 'new'), ('-b', 'overlay', '-F', 'qcow2'),
+                        ('-b', 'new', '-F', 'nonsense'), ()):
+            self.assertIn(attempt(IMGFUSE, 'rebase', *options, overlay).status, (1, 2), options)
+            self.assertEqual(sha256(overlay), before)
+            run('cp', overlay, self.path('theirs'))
+            options = ['theirs' if option == 'overlay' else option for option in options]
+            self.assertEqual(attempt('qemu-img', 'rebase', *options, self.path('theirs')).status, 1, options)
+
+
 def setUpModule():
     print('IMG_SEED=%d' % SEED)
 

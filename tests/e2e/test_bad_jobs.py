@@ -95,5 +95,98 @@ class Compare(BadInputCase):
         self.refuse('compare', '-f', 'raw', '-F', 'qcow2', other, image, status=3)
 
 
+class Resize(BadInputCase):
+    def test_what_cannot_be_done_changes_nothing(self):
+        image, raw = self.qcow2(), self.raw()
+        for target in (image, raw):
+            for size in ('1M', '-1M', '-1T', 'nonsense', '', '8E', '+8E'):
+                with self.subTest(target=target.name, size=size):
+                    outcome = attempt(IMGFUSE, 'resize', target, size)
+                    self.refuse('resize', target, size, status=outcome.status)
+                    self.assertIn(outcome.status, (1, 2))
+        self.refuse('resize', image, '1M', says=['shrink'])
+        self.refuse('resize', image, '100000', says=['shrink'])
+        self.refuse('resize', '--preallocation=some', image, '1G', status=2, says=['some'])
+        self.refuse('resize', '--preallocation=metadata', raw, '1G', says=['metadata'])
+        self.refuse('resize', self.path('missing'), '1G', says=['missing'])
+        self.refuse('resize', image, status=2)
+
+
+class Measure(BadInputCase):
+    def test_usage_and_failures(self):
+        image = self.qcow2()
+        self.refuse('measure', status=2)
+        self.refuse('measure', '--size', '1G', image, status=2)
+        self.refuse('measure', '--size', 'x', status=2)
+        self.refuse('measure', '-O', 'vmdk', image, says=['vmdk'])
+        self.refuse('measure', '-O', 'qcow2', '-o', 'cluster_size=0', '--size', '1G', says=['cluster size 0'])
+        self.refuse('measure', self.path('missing'), says=['missing'])
+
+
+class CommitAndRebase(BadInputCase):
+    def setUp(self):
+        super().setUp()
+        self.base = self.qcow2('base.qcow2', '8M')
+        self.overlay = self.path('overlay.qcow2')
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'base.qcow2', '-F', 'qcow2', self.overlay)
+        run('qemu-io', '-f', 'qcow2', '-c', 'write -P 3 0 1M', self.overlay)
+
+    def test_commit_without_a_backing_file_or_to_a_stranger(self):
+        other = self.qcow2('other.qcow2', '8M')
+        self.refuse('commit', self.base, says=['no backing file'])
+        self.refuse('commit', '-b', other, self.overlay, says=['other.qcow2', 'not in the backing chain'])
+        self.refuse('commit', self.path('missing'), says=['missing'])
+        self.refuse('commit', status=2)
+
+    def test_commit_while_the_base_is_used(self):
+        mount = self.mount(self.base, '--read-only')
+        outcome = attempt(IMGFUSE, 'commit', self.overlay)
+        self.assertEqual(outcome.status, 1, outcome)
+        self.assertIn('base.qcow2', outcome.err)
+        mount.unmount()
+        self.assertEqual(run(IMGFUSE, 'commit', self.overlay), 'Image committed.\n')
+
+    def test_commit_onto_a_full_device_can_be_repeated(self):
+        content = sha256_of_disk(self.overlay)
+        small = self.path('small')
+        small.mkdir()
+        run('mount', '-t', 'tmpfs', '-o', 'size=1M', 'none', small)
+        run('mv', self.base, small)
+        os.symlink(small / 'base.qcow2', self.base)
+        outcome = attempt(IMGFUSE, 'commit', '--allow-path', small, self.overlay)
+        self.assertEqual(outcome.status, 1, outcome)
+        self.assertIn('o space left', outcome.err)
+        self.assertEqual(sha256_of_disk(self.overlay), content)
+        run('mount', '-o', 'remount,size=8M', small)
+        run(IMGFUSE, 'commit', '--allow-path', small, self.overlay)
+        self.assertEqual(sha256_of_disk(self.overlay), content)
+        self.assert_clean(small / 'base.qcow2')
+        run('umount', small)
+
+    def test_rebase(self):
+        raw = self.raw('plain.raw')
+        for options, says in ((['-b', 'missing', '-F', 'qcow2'], ['missing']), (['-b', 'base.qcow2'], ['format']),
+                              (['-b', 'overlay.qcow2', '-F', 'qcow2'], ['overlay.qcow2']),
+                              (['-b', 'plain.raw', '-F', 'vmdk'], ['vmdk']),
+                              (['-b', 'plain.raw', '-F', 'qcow2'], ['plain.raw']),
+                              (['-b', 'nbd://host/', '-F', 'raw'], ['nbd']), (['-u', '-b', 'x' * 2000, '-F', 'raw'], [])):
+            with self.subTest(options):
+                self.refuse('rebase', *options, self.overlay, says=says)
+        self.refuse('rebase', '-b', 'base.qcow2', '-F', 'qcow2', raw, says=['raw'])
+        self.refuse('rebase', self.overlay, status=2)
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'overlay.qcow2', '-F', 'qcow2', self.path('top.qcow2'))
+        self.refuse('rebase', '-b', 'top.qcow2', '-F', 'qcow2', self.overlay, says=['stands on it'])
+
+
+def sha256_of_disk(image):
+    """As imgfuse reads it, wherever its chain lies."""
+    raw = image.parent / 'content.raw'
+    run(IMGFUSE, 'convert', '--allow-path', '/', image, raw)
+    try:
+        return sha256(raw)
+    finally:
+        raw.unlink()
+
+
 if __name__ == '__main__':
     unittest.main()

@@ -32,5 +32,9 @@ int run_map(Io& io, Arguments args);
 int run_check(Io& io, Arguments args);
 int run_convert(Io& io, Arguments args);
 int run_compare(Io& io, Arguments args);
+int run_measure(Io& io, Arguments args);
+int run_resize(Io& io, Arguments args);
+int run_commit(Io& io, Arguments args);
+int run_rebase(Io& io, Arguments args);
 
 }  // namespace imgfuse::tool

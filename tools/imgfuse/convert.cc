@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <thread>
 
 #include "command.h"
@@ -11,7 +10,7 @@
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
 #include "imgfuse/job.h"
-#include "imgfuse/open.h"
+#include "open_disk.h"
 #include "progress.h"
 #include "text.h"
 
@@ -36,22 +35,6 @@ struct Request {
   ShowProgress show = ShowProgress::on_terminal;
 };
 
-/// A disk that is closed at the end in any case.
-class OpenDisk {
- public:
-  explicit OpenDisk(std::unique_ptr<Disk> disk) : disk_(std::move(disk)) {}
-  OpenDisk(OpenDisk&&) = default;
-  ~OpenDisk() {
-    if (disk_) (void)disk_->close();
-  }
-  Disk& operator*() { return *disk_; }
-  Disk* operator->() { return disk_.get(); }
-  Result<> close() { return std::exchange(disk_, nullptr)->close(); }
-
- private:
-  std::unique_ptr<Disk> disk_;
-};
-
 /// Removes a file again unless it is kept.
 class NewTarget {
  public:
@@ -72,12 +55,8 @@ class NewTarget {
 /// Locks would tell, were they not switched off with --force-share.
 Result<> check_not_a_source(const Request& request) {
   for (const std::string& source : request.sources) {
-    IMG_LET(const std::vector<ImageInfo> chain, chain_info(source, request.source_options));
-    for (const ImageInfo& image : chain) {
-      std::error_code ignored;
-      if (std::filesystem::equivalent(image.filename, request.target, ignored))
-        return fail(ErrorCode::invalid, "{} is read from: it cannot be the target too", request.target);
-    }
+    IMG_LET(const bool found, chain_contains(source, request.source_options, request.target));
+    if (found) return fail(ErrorCode::invalid, "{} is read from: it cannot be the target too", request.target);
   }
   return {};
 }
@@ -85,8 +64,8 @@ Result<> check_not_a_source(const Request& request) {
 Result<std::vector<OpenDisk>> open_sources(const Request& request) {
   std::vector<OpenDisk> disks;
   for (const std::string& source : request.sources) {
-    IMG_LET(auto disk, open_disk(source, request.source_options));
-    disks.emplace_back(std::move(disk));
+    IMG_LET(OpenDisk disk, OpenDisk::open(source, request.source_options));
+    disks.push_back(std::move(disk));
   }
   return disks;
 }
@@ -113,8 +92,7 @@ Result<OpenDisk> open_target(const Request& request) {
   if (request.compress) {
     IMG_LET(options.compress, compression_of(request));
   }
-  IMG_LET(auto disk, open_disk(request.target, options));
-  return OpenDisk(std::move(disk));
+  return OpenDisk::open(request.target, options);
 }
 
 Result<> check(const Request& request) {

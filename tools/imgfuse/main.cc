@@ -29,6 +29,10 @@ constexpr std::array kCommands = {
     Command{"check", run_check, "check an image, and repair it if asked to"},
     Command{"convert", run_convert, "copy an image to another one, of any format"},
     Command{"compare", run_compare, "say whether two images hold the same disk"},
+    Command{"measure", run_measure, "say how much space a new image would take"},
+    Command{"resize", run_resize, "make a disk larger or smaller"},
+    Command{"commit", run_commit, "move what an overlay holds into its backing file"},
+    Command{"rebase", run_rebase, "give an image another backing file"},
 };
 
 std::string usage() {

@@ -1,0 +1,84 @@
+// imgfuse measure: how much space would a new image take?
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "create_options.h"
+#include "imgfuse/job.h"
+#include "open_disk.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+Result<Measurement> measure_image(const std::string& image, const OpenOptions& options, const CreateOptions& target) {
+  if (image.empty()) return measure(nullptr, target);
+  IMG_LET(OpenDisk disk, OpenDisk::open(image, options));
+  IMG_LET(const Measurement measurement, measure(&*disk, target));
+  IMG_TRY(disk.close());
+  return measurement;
+}
+
+void print(std::ostream& out, const Measurement& measurement, bool json) {
+  if (json) {
+    nlohmann::ordered_json object = {{"required", measurement.required},
+                                     {"fully-allocated", measurement.fully_allocated}};
+    if (measurement.bitmaps) object["bitmaps"] = *measurement.bitmaps;
+    out << object.dump(4) << "\n";
+    return;
+  }
+  out << fmt::format("required size: {}\nfully allocated size: {}\n", measurement.required,
+                     measurement.fully_allocated);
+  if (measurement.bitmaps) out << fmt::format("bitmaps size: {}\n", *measurement.bitmaps);
+}
+
+}  // namespace
+
+int run_measure(Io& io, Arguments args) {
+  std::string image;
+  OpenOptions options{.read_only = true};
+  CreateOptions target{.format = "raw"};
+  std::vector<std::string> lists;
+  std::optional<std::string> size;
+  bool json = false;
+  CLI::App app("Says how many bytes a new image would take on the host, for what IMAGE holds or for a SIZE.",
+               "imgfuse measure");
+  app.add_option("IMAGE", image);
+  app.add_option("-O,--target-format", target.format, "Format of the new image: raw (default) or qcow2");
+  app.add_option("-o", lists, "Options of the new image as key=value,...; \"-o help\" lists them")
+      ->allow_extra_args(false);
+  app.add_option("--size", size, "Virtual size, instead of IMAGE")->type_name("SIZE");
+  add_snapshot_option(app, options.snapshot);
+  add_open_options(app, options);
+  add_json_option(app, json);
+  if (const auto status = parse(app, io, args)) return *status;
+
+  const auto usage_error = [&](const Error& error) {
+    print_error(io, "", error, "\"imgfuse measure --help\" lists the options");
+    return kUsage;
+  };
+  for (const std::string& list : lists) {
+    if (list == "help" || list == "?") {
+      io.out << kCreateOptionList << std::flush;
+      return kSuccess;
+    }
+    if (auto set = set_create_options(target, list); !set) return usage_error(set.error());
+  }
+  if (size) {
+    if (auto set = set_create_option(target, "size", *size); !set) return usage_error(set.error());
+  }
+  if (image.empty() != size.has_value())
+    return usage_error(Error(ErrorCode::invalid, "either an image or --size is needed, and not both"));
+
+  const auto measurement = measure_image(image, options, target);
+  if (!measurement) {
+    print_error(io, image, measurement.error());
+    return kFailure;
+  }
+  print(io.out, *measurement, json);
+  io.out << std::flush;
+  return kSuccess;
+}
+
+}  // namespace imgfuse::tool

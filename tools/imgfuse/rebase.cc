@@ -1,0 +1,106 @@
+// imgfuse rebase: give an image another backing file.
+#include <filesystem>
+
+#include "command.h"
+#include "imgfuse/amend.h"
+#include "imgfuse/check.h"
+#include "imgfuse/job.h"
+#include "open_disk.h"
+#include "progress.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+struct Request {
+  std::string image;
+  OpenOptions options;
+  CacheMode backing_cache = CacheMode::writeback;
+  std::string backing;  ///< as it will be recorded; empty: none
+  std::optional<std::string> backing_format;
+  bool unsafe = false;
+  ShowProgress show = ShowProgress::on_terminal;
+};
+
+Result<> check(const Request& request) {
+  if (request.backing.empty() || request.backing_format) return {};
+  return fail(ErrorCode::invalid, "a backing file needs its format, raw or qcow2: add --backing-format");
+}
+
+/// The new backing file, read-only, with its own chain. It must not stand on the image itself.
+Result<OpenDisk> open_new_backing(const Request& request) {
+  const std::string path = std::filesystem::path(directory_of(request.image)) / request.backing;
+  OpenOptions options = request.options;
+  options.read_only = true;
+  options.cache = request.backing_cache;
+  options.format = request.backing_format;
+  options.allowed_directories.push_back(directory_of(request.image));
+  IMG_LET(const bool circle, chain_contains(path, options, request.image));
+  if (circle) return fail(ErrorCode::invalid, "{} is {}, or stands on it", path, request.image);
+  return OpenDisk::open(path, options);
+}
+
+/// Copies into the image what would otherwise change.
+Result<> keep_content(const Request& request, Io& io) {
+  std::optional<OpenDisk> backing;
+  if (!request.backing.empty()) {
+    IMG_LET(OpenDisk opened, open_new_backing(request));
+    backing.emplace(std::move(opened));
+  }
+  IMG_LET(OpenDisk overlay, OpenDisk::open(request.image, request.options));
+  {
+    ProgressBar bar(io, request.show);
+    IMG_TRY(prepare_rebase(*overlay, backing ? &**backing : nullptr, bar.all()));
+  }
+  return overlay.close();
+}
+
+Result<> rebase(const Request& request, Io& io) {
+  IMG_TRY(check(request));
+  OpenOptions look = request.options;
+  look.read_only = true;
+  IMG_LET(const ImageInfo info, image_info(request.image, look));
+  if (info.format != "qcow2")
+    return fail(ErrorCode::unsupported, "{} is {}, which has no backing file", request.image, info.format);
+  if (!request.unsafe) IMG_TRY(keep_content(request, io));
+  return change_backing(request.image, request.backing, request.backing_format);
+}
+
+}  // namespace
+
+int run_rebase(Io& io, Arguments args) {
+  Request request;
+  bool quiet = false;
+  CLI::App app(
+      "Gives an image another backing file. The disk reads as before: what would change is copied into the image "
+      "first.",
+      "imgfuse rebase");
+  app.add_option("IMAGE", request.image)->required();
+  app.add_option("-b,--backing", request.backing, "The new backing file; \"\" for none. Relative to the image")
+      ->required();
+  app.add_option_function<std::string>(
+      "-F,--backing-format", [&](const std::string& name) { request.backing_format = name; },
+      "Its format, raw or qcow2");
+  app.add_flag("-u,--unsafe", request.unsafe,
+               "Change the name only, without looking at either file: for one that was moved or renamed");
+  app.add_option_function<std::string>(
+      "-f,--format", [&](const std::string& name) { request.options.format = name; },
+      "The image's format; found out from the image if not given");
+  add_cache_option(app, "-t,--cache", request.options.cache, "How the image is written: writeback (default) or none");
+  add_cache_option(app, "-T,--backing-cache", request.backing_cache,
+                   "How the new backing file is read: writeback (default) or none");
+  add_allow_path_option(app, request.options.allowed_directories);
+  app.add_flag_callback(
+      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
+  app.add_flag("-q,--quiet", quiet, "Show no progress");
+  if (const auto status = parse(app, io, args)) return *status;
+  if (quiet) request.show = ShowProgress::never;
+
+  if (auto rebased = rebase(request, io); !rebased) {
+    print_error(io, request.image, rebased.error());
+    return kFailure;
+  }
+  return kSuccess;
+}
+
+}  // namespace imgfuse::tool

@@ -1,0 +1,93 @@
+// imgfuse resize: make a disk larger or smaller.
+#include <limits>
+
+#include "command.h"
+#include "create_options.h"
+#include "imgfuse/open.h"
+#include "open_disk.h"
+#include "text.h"
+
+namespace imgfuse::tool {
+namespace {
+
+/// "10G" is a size, "+10G" and "-10G" are relative to the one there is.
+struct NewSize {
+  char sign = 0;
+  uint64_t bytes = 0;
+
+  Result<uint64_t> from(uint64_t old) const {
+    if (sign == 0) return bytes;
+    if (sign == '+' && bytes > uint64_t{std::numeric_limits<int64_t>::max()} - old)
+      return fail(ErrorCode::invalid, "a disk of {} bytes cannot grow by {}", old, bytes);
+    if (sign == '-' && bytes > old) return fail(ErrorCode::invalid, "a disk of {} bytes has no {} to lose", old, bytes);
+    return sign == '+' ? old + bytes : old - bytes;
+  }
+};
+
+Result<NewSize> parse_new_size(std::string_view text) {
+  NewSize size;
+  if (text.starts_with('+') || text.starts_with('-')) {
+    size.sign = text.front();
+    text.remove_prefix(1);
+  }
+  IMG_LET(size.bytes, parse_size(text));
+  return size;
+}
+
+Result<> resize(const std::string& image, const OpenOptions& open, NewSize size, ResizeOptions options) {
+  IMG_LET(OpenDisk disk, OpenDisk::open(image, open));
+  IMG_LET(const uint64_t bytes, size.from(disk->size()));
+  IMG_TRY(disk->resize(bytes, options));
+  return disk.close();
+}
+
+/// "-10G" looks like options, which is why it is taken away before they are parsed.
+bool is_negative(const std::string& text) {
+  return text.size() > 1 && text[0] == '-' && text[1] >= '0' && text[1] <= '9';
+}
+
+}  // namespace
+
+int run_resize(Io& io, Arguments args) {
+  std::string image, size_text;
+  OpenOptions open;
+  ResizeOptions options;
+  std::string preallocation = "off";
+  bool quiet = false;
+  if (!args.empty() && is_negative(args.back())) {
+    size_text = args.back();
+    args = args.first(args.size() - 1);
+  }
+  CLI::App app("Makes a disk larger or smaller. What it gains reads as zeros.", "imgfuse resize");
+  app.add_option("IMAGE", image)->required();
+  CLI::Option* const size_option =
+      app.add_option("SIZE", size_text, "The new size, as 10G; or by how much it changes: +10G, -10G");
+  if (size_text.empty()) size_option->required();
+  app.add_option_function<std::string>(
+      "-f,--format", [&](const std::string& name) { open.format = name; },
+      "The image's format; found out from the image if not given");
+  app.add_flag("--shrink", options.shrink, "Allow to lose what lies behind the new end");
+  app.add_option("--preallocation", preallocation, "Of what is added: off (default), metadata, falloc or full");
+  add_allow_path_option(app, open.allowed_directories);
+  app.add_flag("-q,--quiet", quiet, "Say nothing on success");
+  if (const auto status = parse(app, io, args)) return *status;
+
+  const auto usage_error = [&](const Error& error) {
+    print_error(io, "", error, "\"imgfuse resize --help\" lists the options");
+    return kUsage;
+  };
+  const auto mode = parse_preallocation(preallocation);
+  if (!mode) return usage_error(mode.error());
+  options.preallocation = *mode;
+  const auto size = parse_new_size(size_text);
+  if (!size) return usage_error(size.error());
+
+  if (auto resized = resize(image, open, *size, options); !resized) {
+    print_error(io, image, resized.error());
+    return kFailure;
+  }
+  if (!quiet) io.out << "Image resized.\n" << std::flush;
+  return kSuccess;
+}
+
+}  // namespace imgfuse::tool
