@@ -1,5 +1,8 @@
-// Decompression. The only place that knows the compression libraries.
+// Compression and decompression. The only place that knows the compression libraries. Any thread; each keeps its own
+// contexts, which it uses again.
 #pragma once
+
+#include <cstddef>
 
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
@@ -13,5 +16,12 @@ Result<> inflate(ConstBytes in, Bytes out);
 /// Fills `out` completely from the zstd frames at the front of `in`; a frame must end exactly where `out` does. Bytes
 /// behind it are ignored.
 Result<> unzstd(ConstBytes in, Bytes out);
+
+/// Writes `in` (not empty) to the front of `out` as one raw deflate stream with distances of at most 4 KiB, the window
+/// of QEMU's reader. Returns the stream's length, 0 if it does not fit.
+size_t deflate(ConstBytes in, Bytes out);
+
+/// As deflate(), as one zstd frame.
+size_t zstd(ConstBytes in, Bytes out);
 
 }  // namespace imgfuse::codec

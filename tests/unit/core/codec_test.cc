@@ -206,3 +206,48 @@ TEST_CASE("codec: threads decompress at the same time") {
   for (std::thread& thread : threads) thread.join();
   CHECK(right == 4 * 40);
 }
+
+TEST_CASE("codec: what was compressed here comes back, and what does not fit is not compressed") {
+  for (const size_t length : {512u, 65536u, 2u << 20}) {
+    CAPTURE(length);
+    const ByteVector content = sample(length);
+    ByteVector packed(length);
+    ByteVector out(length);
+
+    packed.resize(codec::deflate(content, packed));
+    CHECK(packed.size() > 0);
+    must(codec::inflate(packed, out));
+    CHECK(out == content);
+
+    packed.resize(length);
+    packed.resize(codec::zstd(content, packed));
+    CHECK(packed.size() > 0);
+    out.assign(length, {});
+    must(codec::unzstd(packed, out));
+    CHECK(out == content);
+
+    const ByteVector noise = pattern(length);
+    packed.resize(length - 1);
+    CHECK(codec::deflate(noise, packed) == 0);
+    CHECK(codec::zstd(noise, packed) == 0);
+  }
+}
+
+TEST_CASE("codec: deflate reaches back no further than QEMU's reader, 4 KiB") {
+  ByteVector content = pattern(6000, 1);
+  append(content, pattern(6000, 1));  // what a larger window would find
+  ByteVector packed(content.size() * 2);
+  packed.resize(codec::deflate(content, packed));
+  z_stream stream{};
+  REQUIRE(inflateInit2(&stream, -12) == Z_OK);
+  ByteVector out(content.size());
+  stream.next_in = reinterpret_cast<Bytef*>(packed.data());
+  stream.avail_in = static_cast<uInt>(packed.size());
+  stream.next_out = reinterpret_cast<Bytef*>(out.data());
+  stream.avail_out = static_cast<uInt>(out.size());
+
+  CHECK(inflate(&stream, Z_FINISH) == Z_STREAM_END);
+
+  CHECK(out == content);
+  inflateEnd(&stream);
+}
