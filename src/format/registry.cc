@@ -12,6 +12,9 @@ namespace {
 
 Result<std::unique_ptr<Disk>> open_raw(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
   if (parameters.snapshot) return fail(ErrorCode::invalid, "a raw image has no snapshots");
+  if (parameters.compress)
+    return fail(ErrorCode::unsupported,
+                "a raw image has no compressed clusters; copy the disk with imgfuse convert -c -O qcow2");
   return raw::open(std::move(storage), {.read_only = parameters.read_only, .probed = parameters.probed});
 }
 
@@ -19,6 +22,7 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, Forma
   return qcow2::open(std::move(storage), {.read_only = parameters.read_only,
                                           .metadata_cache = parameters.metadata_cache,
                                           .snapshot = std::move(parameters.snapshot),
+                                          .compress = std::move(parameters.compress),
                                           .open_backing = std::move(parameters.open_backing)});
 }
 

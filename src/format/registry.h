@@ -24,6 +24,7 @@ struct FormatOpenParameters {
   bool probed = false;                  ///< the format was guessed
   uint64_t metadata_cache = 0;          ///< bytes
   std::optional<std::string> snapshot;  ///< open this internal snapshot; read-only
+  std::optional<std::string> compress;  ///< OpenOptions::compress, for the top image
   BackingOpener open_backing;
 };
 

@@ -111,7 +111,17 @@ class Matrix(ImageCase):
         oracle = self.path('oracle.qcow2')
         run('cp', '--sparse=always', image, oracle)
         snapshots = self.snapshot_hashes(image)
-        mount = self.mount(image)
+        commands = self.write_through(self.mount(image), spec)
+        if spec.compression != 'none':
+            commands += self.write_through(self.mount(image, '-o', 'compress=' + spec.compression), spec)
+        qemu_io(oracle, 'qcow2', commands)
+
+        self.assert_clean(image)
+        run('qemu-img', 'compare', '-f', 'qcow2', '-F', 'qcow2', image, oracle)
+        self.assertEqual(self.snapshot_hashes(image), snapshots, 'snapshots')
+
+    def write_through(self, mount, spec):
+        """Random changes of the mounted disk, which is unmounted then; returns what qemu-io calls them."""
         fd = mount.open()
         commands = []
         for offset, length in ranges(self.random, spec.size, 20, 1):
@@ -127,11 +137,7 @@ class Matrix(ImageCase):
                 commands.append('write -z %d %d' % (offset, length))
         os.close(fd)
         mount.unmount()
-        qemu_io(oracle, 'qcow2', commands)
-
-        self.assert_clean(image)
-        run('qemu-img', 'compare', '-f', 'qcow2', '-F', 'qcow2', image, oracle)
-        self.assertEqual(self.snapshot_hashes(image), snapshots, 'snapshots')
+        return commands
 
     def snapshot_hashes(self, image):
         listed = json.loads(run('qemu-img', 'info', '--output=json', image)).get('snapshots', [])

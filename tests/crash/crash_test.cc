@@ -31,11 +31,12 @@ struct Scenario {
   uint32_t refcount_bits;
   uint32_t version;
   Start start;
-  uint64_t weight = 1;  ///< share of the states; images of large clusters are slow
+  uint64_t weight = 1;                       ///< share of the states; images of large clusters are slow
+  std::optional<std::string> compress = {};  ///< whole clusters that are written
   std::string text() const {
     const char* starts[] = {"empty", "backing", "snapshot", "compressed", "crowded"};
-    return fmt::format("cluster size {}, {} refcount bits, version {}, start {}", cluster_size, refcount_bits, version,
-                       starts[static_cast<int>(start)]);
+    return fmt::format("cluster size {}, {} refcount bits, version {}, start {}, {} compression", cluster_size,
+                       refcount_bits, version, starts[static_cast<int>(start)], compress.value_or("no"));
   }
 };
 
@@ -96,6 +97,7 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
                 Rng& rng) {
   const uint64_t size = disk_size(scenario);
   Qcow2Spec spec{size, scenario.cluster_size, scenario.refcount_bits, scenario.version, {}};
+  spec.compression = scenario.compress.value_or("zlib");
   Beginning beginning;
   beginning.content.resize(size);
   const std::string image = directory / "start.qcow2";
@@ -162,6 +164,7 @@ class CrashRun {
   CrashRun(const Scenario& scenario, const TemporaryDirectory& directory, uint64_t seed, Totals& totals)
       : scenario_(scenario), directory_(directory), totals_(totals), rng_(seed) {
     workload_.cluster_size = scenario.cluster_size;
+    workload_.loose = scenario.compress.has_value();
     workload_.growth = scenario.version == 3 || scenario.start != Start::snapshot;  // version 2 cannot grow with one
   }
 
@@ -187,7 +190,8 @@ class CrashRun {
     storage->set_observer([&] {
       if (!failed_ && states_ < limit_) std::async(std::launch::async, [&] { crash(*storage, model, depth); }).get();
     });
-    auto disk = must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = backing_}));
+    auto disk =
+        must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress}));
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
       Result<> result = random_request(*disk, model, workload_, rng_, request_);
       require(result.has_value(), result ? "" : result.error().text());
@@ -303,6 +307,12 @@ std::vector<Scenario> scenarios() {
       for (const Start start : {Start::snapshot, Start::compressed})
         all.push_back({cluster_size, bits, 3, start, weight});
   }
+  for (const uint32_t bits : {1u, 2u, 4u, 16u, 64u})
+    for (const uint32_t cluster_size : {512u, 4096u, 65536u})
+      for (const Start start : {Start::empty, Start::backing, Start::snapshot, Start::compressed})
+        if (bits >= 4 || start <= Start::backing)
+          all.push_back({cluster_size, bits, bits == 16 && start == Start::backing ? 2u : 3u, start, 2, "zlib"});
+  all.push_back({4096, 16, 3, Start::empty, 2, "zstd"});
   for (int i = 0; i < 4; ++i) all.push_back({512, 64, 3, Start::crowded, 1});
   if (!have_qemu_img())
     std::erase_if(all, [](const Scenario& s) { return s.start == Start::snapshot || s.start == Start::compressed; });

@@ -7,7 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from harness import GiB, MiB, ROOT, SCRATCH, ImageCase, run, sha256
+from harness import GiB, IMGFUSE, MiB, ROOT, SCRATCH, ImageCase, run, sha256
 
 TREE = Path('/usr/include/c++')  # some thousand files of all sizes
 MAKE = {'ext4': ('mkfs.ext4', '-q', '-F'), 'xfs': ('mkfs.xfs', '-q', '-f'), 'btrfs': ('mkfs.btrfs', '-q', '-f')}
@@ -207,6 +207,31 @@ class DebianRoot(LoopCase):
         run('umount', tree)
         self.detach_all()
         mount.unmount()
+
+    def test_a_tree_copied_to_a_compressing_disk_is_the_same_and_smaller(self):
+        for kind in ('zlib', 'zstd'):
+            with self.subTest(kind):
+                image = self.path(kind + '-new.qcow2')
+                run(IMGFUSE, 'create', '-o', 'compression_type=' + kind, image, '1G')
+                mount = self.mount(image, '-o', 'compress=' + kind)
+                device = self.losetup(mount.disk)
+                run('mke2fs', '-q', '-t', 'ext4', device)
+                tree = self.mount_device(device)
+                run('cp', '-a', self.root / 'usr', tree)
+                run('umount', tree)
+                run(*CHECK['ext4'], device)
+                self.detach(device)
+                mount.unmount()
+                self.assert_clean(image)
+                size = int(run('du', '-sk', self.root / 'usr').split()[0]) * 1024
+                self.assertLess(image.stat().st_blocks * 512, 0.7 * size)
+
+                mount = self.mount(image, '-r')
+                tree = self.mount_device(self.losetup(mount.disk, '--read-only'), '-o', 'ro')
+                self.assertEqual(listing(tree / 'usr'), listing(self.root / 'usr'))
+                run('umount', tree)
+                self.detach_all()
+                mount.unmount()
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ MemImage make_qcow2(const Qcow2Spec& spec) {
   options.refcount_bits = spec.refcount_bits;
   options.version = spec.version;
   options.backing_file = spec.backing;
+  options.compression_type = spec.compression;
   if (spec.backing) options.backing_format = "raw";
   MemStorage storage;
   must(qcow2::create(storage, options));
@@ -30,6 +31,7 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
   qcow2::OpenParameters parameters;
   parameters.read_only = spec.read_only;
   parameters.metadata_cache = spec.metadata_cache;
+  parameters.compress = spec.compress;
   parameters.open_backing = [backing = spec.backing](const std::string&, const std::optional<std::string>&) {
     return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
   };

@@ -19,6 +19,7 @@ struct Qcow2Spec {
   uint32_t refcount_bits = 16;
   uint32_t version = 3;
   std::optional<std::string> backing;  ///< name of a raw backing file
+  std::string compression = "zlib";
 };
 
 /// A fresh qcow2 image.
@@ -31,6 +32,7 @@ struct OpenSpec {
   bool read_only = false;
   uint64_t metadata_cache = 1_MiB;
   MemImage backing;  ///< what every backing file reads as
+  std::optional<std::string> compress;
 };
 
 /// qcow2::open with a raw backing disk.

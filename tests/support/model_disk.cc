@@ -212,7 +212,8 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
   }
   const uint64_t seed = rng.next();
   what = fmt::format("write {:#x}+{:#x} #{:x}", range.begin.bytes(), length, seed & 0xffff);
-  const std::vector<std::byte> data = pattern(length, seed);
+  const std::vector<std::byte> data =
+      workload.loose && seed % 4 != 0 ? loose_pattern(length, seed) : pattern(length, seed);
   model.write(range.begin, data);
   return disk.write(range.begin, data);
 }

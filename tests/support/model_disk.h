@@ -71,6 +71,7 @@ struct Workload {
   bool discards = true;
   bool populate = true;
   bool growth = false;
+  bool loose = false;  ///< most of what is written can be compressed
   unsigned flush_one_in = 6;
 };
 

@@ -181,6 +181,11 @@ void OrderStorage::check_targets(const Change& change, bool discards) {
                               cluster, change.offset, change.length, what, reference.owner.text()));
       };
       if (discards) return say("is in use");
+      if (reference.is_stream()) {
+        const bool beside =
+            change.offset > reference.stream_last || change.offset + change.length <= reference.stream_begin;
+        return beside ? void() : say("holds a compressed stream there");
+      }
       if (reference.owner.snapshot != 0) return say("belongs to a snapshot");
       if (!still_there(reference)) say("was unmapped, but not durably");
     });
@@ -290,6 +295,7 @@ void OrderStorage::check_counts() {
 
 /// I2, I3, I6: what a new pointer shows was written since the cluster was last seen, and flushed.
 void OrderStorage::check_shown(const Reference& reference) {
+  if (reference.is_stream()) return check_stream_shown(reference);
   bool seen = false;
   bool kept = false;  // by the same owner, as a zero cluster
   for_each_possible(reference.cluster, [&](const Reference& other) {
@@ -310,6 +316,16 @@ void OrderStorage::check_shown(const Reference& reference) {
   if (!seen && !kept && !zeros)
     violation(fmt::format("I4: {} points at cluster {}, which still holds what it held before it was freed",
                           reference.owner.text(), reference.cluster));
+}
+
+/// I2 for a stream: no write of its bytes waits for a flush. The cluster may hold older bytes beside them.
+void OrderStorage::check_stream_shown(const Reference& reference) {
+  for (const Change& change : pending_)
+    for (const uint64_t byte : {reference.stream_begin, reference.stream_last})
+      if (change.offset <= byte && byte < change.offset + change.length)
+        violation(fmt::format("I2: {} points at a stream at {:#x}, which is not flushed", reference.owner.text(),
+                              reference.stream_begin));
+  if (const auto fill = fills_.find(reference.cluster); fill != fills_.end()) fill->second.shown = true;
 }
 
 /// I6. A new refcount block describes itself, so its count becomes durable with the very sector that points at it.

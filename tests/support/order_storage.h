@@ -21,7 +21,8 @@ namespace imgfuse::test {
 ///   I2  a data cluster is written and flushed before an entry that shows it is written
 ///   I3  an L2 (or L1) table's first content is flushed before the pointer to it is written
 ///   I4  no cluster is written, discarded or linked for a new purpose while a possible pointer still uses it for
-///       another; clusters shared with a snapshot are not written at all
+///       another; clusters shared with a snapshot are not written at all. Compressed streams share clusters with each
+///       other, so for them it is their bytes that count, and those are not written at all either
 ///   I5  a count is lowered only after the un-mapping is durable
 ///   I6  a refcount block is flushed, and counted by what is durable or is switched with it, before its table entry
 ///   I9  a header sector that switches several tables at once is written when all else is durable, to a state that is
@@ -78,6 +79,7 @@ class OrderStorage final : public Storage {
   void check_refcount_table(const Change& change) REQUIRES(mutex_);
   void check_counts() REQUIRES(mutex_);
   void check_shown(const Reference& reference) REQUIRES(mutex_);
+  void check_stream_shown(const Reference& reference) REQUIRES(mutex_);
   void give_up(Changes::iterator change, std::vector<std::byte> left) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
   bool shows_content(uint64_t cluster) const REQUIRES(mutex_);

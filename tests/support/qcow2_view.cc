@@ -126,7 +126,7 @@ void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_inde
       const uint64_t sectors = ((entry & ~(kCompressedFlag | kCopiedFlag)) >> address_bits) + 1;
       const uint64_t last = begin / 512 * 512 + sectors * 512 - 1;
       for (uint64_t c = begin >> cluster_bits_; c <= last >> cluster_bits_; ++c)
-        references_.push_back({c, owner, true});
+        references_.push_back({c, owner, true, begin, std::max(begin, last / 512 * 512)});
       if (entry & kCopiedFlag) problems_.push_back(owner.text() + " is compressed and copied");
       return;
     }

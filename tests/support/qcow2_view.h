@@ -39,7 +39,11 @@ struct Reference {
   uint64_t cluster = 0;  ///< on the host
   Owner owner;
   bool content = true;  ///< what the cluster holds can be seen: not so for zero clusters that keep their space
+  /// A compressed stream: its first byte and the first of its last sector in the file. It fills what lies between; how
+  /// much of the last sector is its own is not known. Otherwise 0.
+  uint64_t stream_begin = 0, stream_last = 0;
 
+  bool is_stream() const { return stream_begin != 0; }
   auto operator<=>(const Reference&) const = default;
 };
 

@@ -25,4 +25,11 @@ std::vector<std::byte> pattern(size_t length, uint64_t seed) {
   return bytes;
 }
 
+std::vector<std::byte> loose_pattern(size_t length, uint64_t seed) {
+  std::vector<std::byte> bytes = pattern(length, seed);
+  for (size_t i = 0; i < length; ++i)
+    if (i % 64 >= 16) bytes[i] = bytes[i - 16];
+  return bytes;
+}
+
 }  // namespace imgfuse::test

@@ -32,5 +32,7 @@ uint64_t from_environment(const char* name, uint64_t fallback);
 
 /// Bytes that look random and depend on `seed`; never a whole sector of zeros.
 std::vector<std::byte> pattern(size_t length, uint64_t seed = 1);
+/// As pattern(), but three quarters of each 64 bytes repeat the others: it can be compressed.
+std::vector<std::byte> loose_pattern(size_t length, uint64_t seed = 1);
 
 }  // namespace imgfuse::test

@@ -61,14 +61,15 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     open.force_share = true;
     return true;
   }
-  static constexpr std::array<std::string_view, 6> kWithValue = {"format", "backing_format", "allow_path",
-                                                                 "cache",  "metadata_cache", "snapshot"};
+  static constexpr std::array<std::string_view, 7> kWithValue = {
+      "format", "backing_format", "allow_path", "cache", "metadata_cache", "compress", "snapshot"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
   if (key == "backing_format") open.backing_format = value;
   if (key == "snapshot") open.snapshot = value;
   if (key == "allow_path") open.allowed_directories.push_back(value);
+  if (key == "compress") open.compress = value;
   if (key == "cache") {
     IMG_LET(open.cache, parse_cache_mode(value));
   }
@@ -88,6 +89,8 @@ Result<> take_option_list(MountRequest& request, std::string_view list) {
 Result<> check_options(const MountRequest& request) {
   if (request.open.force_share && !request.mount.read_only && !request.open.snapshot)
     return fail(ErrorCode::invalid, "--force-share takes no locks and needs --read-only");
+  if (request.open.compress && *request.open.compress != "zlib" && *request.open.compress != "zstd")
+    return fail(ErrorCode::invalid, "compress={} is neither zlib nor zstd", *request.open.compress);
   return {};
 }
 
@@ -208,7 +211,7 @@ constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
     "  format= backing_format= cache= metadata_cache= allow_path= force_share\n"
-    "  snapshot=.\n"
+    "  compress= snapshot=.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 

@@ -125,7 +125,27 @@ Result<> Allocator::make_block(uint64_t cluster) {
   return {};
 }
 
-/// No cluster from here on can be had.
+bool Allocator::take(const Refcounts::Slice& slice, uint64_t cluster, uint64_t limit) NO_THREAD_SAFETY_ANALYSIS {
+  if (cluster >= limit || refcounts_.get(slice, cluster) != 0 || image_.known.overlaps(cluster)) return false;
+  refcounts_.set(slice, cluster, 1);
+  fresh_from_ = std::max(fresh_from_, cluster + 1);
+  return true;
+}
+
+void Allocator::cancel(const Refcounts::Slice& slice, uint64_t cluster) NO_THREAD_SAFETY_ANALYSIS {
+  lower(slice, cluster);
+}
+
+/// Drops one reference; the cluster may be found again when it was the last.
+void Allocator::lower(const Refcounts::Slice& slice, uint64_t cluster) {
+  const uint64_t count = refcounts_.get(slice, cluster);
+  if (count > 0) refcounts_.set(slice, cluster, count - 1);
+  if (count > 1) return;
+  lowest_free_ = std::min(lowest_free_, cluster);
+  fresh_from_ = std::max(fresh_from_, cluster + 1);  // also where a foreign entry pointed past the file's end
+  if (image_.geometry.cluster_of(image_.next_packed) == cluster) image_.next_packed = HostOffset(0);
+}
+
 Result<uint64_t> Allocator::end_limit() {
   const uint64_t largest = kMaxHostOffset >> image_.geometry.cluster_bits;
   if (image_.storage.info().extensible) return largest;
@@ -196,8 +216,9 @@ Result<> Allocator::release(Freed freed) {
       const uint64_t slice_end = std::min(end, slice.first + slice.count);
       if (!slice.pin) return fail(ErrorCode::corrupt, "cluster {:#x} is in use but has no reference count", first);
 
-      // Runs of clusters that lose their last reference. Only this thread lowers counts of reachable clusters, so a
-      // count of one stays one until it is lowered below.
+      // Runs of clusters that lose their last reference. Only this thread lowers counts of reachable clusters, and only
+      // those of compressed streams, which are not punched, are raised: so a count of one stays one until it is
+      // lowered.
       uint64_t run_end = first;
       bool last_reference = false;
       {
@@ -210,14 +231,7 @@ Result<> Allocator::release(Freed freed) {
             {image_.geometry.host_of(first), (run_end - first) << image_.geometry.cluster_bits});
 
       ExclusiveLock lock(image_.mutex);
-      for (uint64_t cluster = first; cluster < run_end; ++cluster) {
-        const uint64_t count = refcounts_.get(slice, cluster);
-        if (count > 0) refcounts_.set(slice, cluster, count - 1);
-      }
-      if (last_reference) {
-        lowest_free_ = std::min(lowest_free_, first);
-        fresh_from_ = std::max(fresh_from_, run_end);  // also where a foreign entry pointed past the file's end
-      }
+      for (uint64_t cluster = first; cluster < run_end; ++cluster) lower(slice, cluster);
       first = run_end;
     }
   }

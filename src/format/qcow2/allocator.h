@@ -64,6 +64,13 @@ class Allocator {
   /// Exactly `count` contiguous clusters at the end of the image, for a table. Blocks.
   Result<std::vector<Reservation>> reserve_contiguous(uint64_t count) EXCLUDES(search_);
 
+  /// Takes one certain cluster if it is free and below `limit`. `slice` has its count. Under Image::mutex, exclusive.
+  bool take(const Refcounts::Slice& slice, uint64_t cluster, uint64_t limit);
+  /// Gives back one reference that was never reachable. Under Image::mutex, exclusive.
+  void cancel(const Refcounts::Slice& slice, uint64_t cluster);
+  /// No cluster from here on can be had.
+  Result<uint64_t> end_limit();
+
   /// Puts one reference of each cluster into quarantine. Under Image::mutex, exclusive: the same hold of the lock in
   /// which the pointer to it was removed.
   void quarantine(HostOffset host, uint64_t clusters, HostSpace space);
@@ -88,8 +95,8 @@ class Allocator {
   Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted, uint64_t limit)
       EXCLUDES(image_.mutex);
   Result<> make_block(uint64_t cluster) REQUIRES(search_);
-  Result<uint64_t> end_limit();
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
+  void lower(const Refcounts::Slice& slice, uint64_t cluster) REQUIRES(image_.mutex);
 
   Image& image_;
   Refcounts& refcounts_;

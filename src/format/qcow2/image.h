@@ -45,6 +45,7 @@ struct Geometry {
   Compression compression;
 
   bool has_zero_flag() const { return version >= 3; }
+  uint64_t max_refcount() const { return ~uint64_t{0} >> (64 - refcount_bits); }
   uint64_t slice_entries() const { return slice_bytes / l2.entry_bytes(); }
   /// Guest bytes mapped by one slice of an L2 table.
   uint64_t slice_coverage() const { return slice_entries() * cluster_size; }
@@ -123,6 +124,8 @@ struct Image {
   TableCache tables;
   SharedMutex mutex{LockRank::metadata};
   KnownMetadata known GUARDED_BY(mutex);
+  /// Where the next compressed stream may begin, in a host cluster that holds others already. 0: nowhere.
+  HostOffset next_packed GUARDED_BY(mutex);
 };
 
 }  // namespace imgfuse::qcow2

@@ -38,6 +38,11 @@ struct CompressedRange {
   uint64_t length = 0;
 };
 
+/// The bytes of compressed clusters lie below this.
+constexpr uint64_t compressed_limit(uint32_t cluster_bits) {
+  return cluster_bits > 14 ? uint64_t{1} << (70 - cluster_bits) : kMaxHostOffset;
+}
+
 /// One L1 entry.
 struct L1Entry {
   uint64_t raw = 0;
@@ -74,6 +79,12 @@ struct L2Entry {
     const uint64_t offset = raw & ((uint64_t{1} << offset_bits) - 1) & (kMaxHostOffset - 1);
     const uint64_t extra_sectors = (raw & ~(kCompressed | kCopied)) >> offset_bits;
     return {HostOffset(offset), (extra_sectors + 1) * 512 - (offset & 511)};
+  }
+  /// `range` lies below compressed_limit(). Its length is rounded up to where its last sector ends.
+  static constexpr L2Entry compressed(CompressedRange range, uint32_t cluster_bits) {
+    const uint64_t begin = range.offset.bytes();
+    const uint64_t extra_sectors = (begin + range.length - 1) / 512 - begin / 512;
+    return {kCompressed | extra_sectors << (70 - cluster_bits) | begin, 0};
   }
   constexpr bool operator==(const L2Entry&) const = default;
 };

@@ -261,6 +261,11 @@ void Map::link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host,
          [&](uint64_t i, L2Entry) { return image_.geometry.l2.normal(host + i * image_.geometry.cluster_size); });
 }
 
+void Map::link_compressed(const TableCache::Pin& slice, GuestOffset guest, std::span<const CompressedRange> streams) {
+  change(slice, guest, streams.size(), HostSpace::keep,
+         [&](uint64_t i, L2Entry) { return L2Entry::compressed(streams[i], image_.geometry.cluster_bits); });
+}
+
 void Map::link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters) {
   change(slice, guest, clusters, HostSpace::keep, [&](uint64_t i, L2Entry) {
     return L2Entry{image_.geometry.l2.normal(host + i * image_.geometry.cluster_size).raw | kZeroFlag};

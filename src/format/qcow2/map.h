@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <span>
 #include <vector>
 
 #include "format/qcow2/allocator.h"
@@ -40,6 +41,8 @@ class Map {
   void link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
   /// As link(), but the clusters read as zeros and keep `host` for later (zero-allocated).
   void link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
+  /// Links one cluster to each compressed stream.
+  void link_compressed(const TableCache::Pin& slice, GuestOffset guest, std::span<const CompressedRange> streams);
   /// The clusters read as zeros. `keep` leaves their host clusters allocated where the entry can express that.
   void zero(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, bool keep);
   /// The clusters read as they would without an entry (from the backing file).

@@ -22,6 +22,7 @@ struct OpenParameters {
   uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes
   std::optional<std::string> snapshot;           ///< id or name: what is opened is this snapshot; read-only
   std::shared_ptr<const void> hold;              ///< let go of when the disk is closed
+  std::optional<std::string> compress;           ///< as OpenOptions::compress
   BackingOpener open_backing;                    ///< called at most once, if a backing file is named; may give null
 };
 

@@ -20,12 +20,14 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
     : storage_(std::move(storage)),
       header_(std::move(header)),
       read_only_(parameters.read_only),
+      compress_(parameters.compress.has_value() && !read_only_),
       size_(header_.size),
       hold_(std::move(parameters.hold)),
       image_(*storage_, header_, parameters.metadata_cache),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
       bitmaps_(image_, allocator_, ranges_, latch_, read_only_),
+      packer_(image_, refcounts_, allocator_),
       map_(image_, allocator_),
       flusher_(*storage_, *this, TableCache::kStages, latch_),
       snapshots_(hold_ || parameters.snapshot ? nullptr : std::make_unique<Qcow2Snapshots>(*this)) {}
@@ -288,6 +290,27 @@ Result<> Qcow2Disk::do_close() {
 
 // ---- Doors
 
+namespace {
+
+/// Whether clusters can be compressed as the user wants.
+Result<> check_compression(const Header& header, const std::optional<std::string>& wanted) {
+  if (!wanted) return {};
+  if (*wanted != "zlib" && *wanted != "zstd")
+    return fail(ErrorCode::invalid, "compression {:?} is neither zlib nor zstd", *wanted);
+  const std::string_view has = header.compression == Compression::zstd ? "zstd" : "zlib";
+  if (*wanted != has)
+    return fail(
+        ErrorCode::unsupported,
+        "the image's compression type is {0}, not {1}; use {0}, or copy the disk with imgfuse convert -c -O qcow2 "
+        "-o compression_type={1}",
+        has, *wanted);
+  if (header.incompatible & kDataFile)
+    return fail(ErrorCode::unsupported, "an image with an external data file has no compressed clusters");
+  return {};
+}
+
+}  // namespace
+
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters) {
   IMG_LET(Header header, read_header(*storage, Purpose::read));
   if (!parameters.read_only && (header.incompatible & kCorrupt)) {
@@ -313,6 +336,7 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
     IMG_LET(const size_t found, find_snapshot(table.snapshots, *parameters.snapshot));
     IMG_LET(header, as_of_snapshot(header, table.snapshots[found]));
   }
+  if (!parameters.read_only) IMG_TRY(check_compression(header, parameters.compress));
   const BackingOpener open_backing = parameters.open_backing;
   auto disk = std::make_unique<Qcow2Disk>(std::move(storage), std::move(header), std::move(parameters));
   IMG_TRY(disk->start(open_backing));

@@ -8,6 +8,7 @@
 #include "core/flusher.h"
 #include "core/range_lock.h"
 #include "format/qcow2/allocator.h"
+#include "format/qcow2/compressed.h"
 #include "format/qcow2/dirty_bitmaps.h"
 #include "format/qcow2/image.h"
 #include "format/qcow2/map.h"
@@ -55,16 +56,25 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<bool> write_stage(unsigned stage) override;
   void end_cycle(bool durable) override;
 
+  struct EncodedCluster;
+  class Encoder;
+  Result<> write_plain(GuestOffset offset, ConstBytes data);
+  Result<> write_compressed(GuestOffset offset, ConstBytes data);
+
   // All of these expect a lease on the range.
   Result<> read_range(GuestOffset offset, Bytes out);
   Result<> read_backing(GuestOffset offset, Bytes out);
   Result<> read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out);
+  Result<> write_runs(GuestOffset offset, ConstBytes data);
   Result<size_t> write_in_place(GuestOffset offset, ConstBytes data);
   Result<size_t> write_run(const Mapping& mapping, GuestOffset offset, ConstBytes data);
   Result<Reservation> reserve(uint64_t clusters);
   Result<size_t> write_new_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
   Result<size_t> write_reserved_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
   Result<> write_around(const Mapping& old, HostOffset host, GuestOffset offset, ConstBytes data, bool host_is_zero);
+  Result<> write_clusters(GuestOffset offset, std::span<const EncodedCluster> clusters);
+  Result<> write_streams(GuestOffset guest, std::span<const EncodedCluster> streams);
+  Result<PackedReservation> reserve_packed(std::span<const EncodedCluster> streams);
   Result<> zero_range(GuestRange range, Zeroing zeroing);
   Result<> zero_part(GuestRange range);
   Result<> zero_clusters(GuestRange range, Zeroing zeroing);
@@ -84,6 +94,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   std::shared_ptr<Storage> storage_;
   Header header_;  // as opened; fields that change live elsewhere
   const bool read_only_;
+  const bool compress_;  // whole clusters that the guest writes
   std::atomic<uint64_t> size_;
   std::unique_ptr<Disk> backing_;
   std::shared_ptr<const void> hold_;  // see OpenParameters
@@ -97,6 +108,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Refcounts refcounts_;
   Allocator allocator_;
   DirtyBitmaps bitmaps_;
+  Packer packer_;
   Map map_;
   Flusher flusher_;
   std::unique_ptr<Qcow2Snapshots> snapshots_;  // null when this disk is one

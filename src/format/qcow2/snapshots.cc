@@ -262,6 +262,7 @@ void Qcow2Snapshots::adopt(TreeChange& change, Outcome outcome, uint64_t table_b
     disk_.map_.replace_l1(change.l1_offset(), change.l1());
     if (outcome.new_content) disk_.map_.set_allocated(change.allocated_clusters() * g.cluster_size);
     change.adopt();
+    disk_.image_.next_packed = HostOffset(0);  // its cluster may be free
     known.remove(g.cluster_of(old_table.begin), g.clusters_for(old_table.length));
     known.add(g.cluster_of(change.snapshot_table_offset()), g.clusters_for(table_bytes));
     outcome.freed.push_back(old_table);

@@ -37,7 +37,7 @@ struct Survey {
   uint64_t file_size = 0;
   std::vector<uint64_t> refcount_table;  ///< its entries
   uint64_t mendable_entries = 0;         ///< L2 entries that a repair can put right by themselves
-  bool bad_bitmaps = false;               ///< the bitmap directory, or something it leads to, is damaged
+  bool bad_bitmaps = false;              ///< the bitmap directory, or something it leads to, is damaged
   bool must_rebuild = false;             ///< the refcount structures are damaged beyond repair in place
   bool lost_references = false;          ///< some entries could not be followed: what they meant is among the leaks
 

@@ -24,6 +24,10 @@ Bytes scratch(size_t size) {
 Result<> Qcow2Disk::do_write(GuestOffset offset, ConstBytes data) {
   IMG_TRY(latch_.check());
   if (read_only_) return fail(ErrorCode::read_only, "{} is open read-only", storage_->info().name);
+  return compress_ ? write_compressed(offset, data) : write_plain(offset, data);
+}
+
+Result<> Qcow2Disk::write_plain(GuestOffset offset, ConstBytes data) {
   {
     const auto lease = ranges_.shared({offset, data.size()});
     bitmaps_.record({offset, data.size()});
@@ -35,14 +39,20 @@ Result<> Qcow2Disk::do_write(GuestOffset offset, ConstBytes data) {
   {
     const auto lease = ranges_.exclusive(round_out({offset, data.size()}, image_.geometry.cluster_size));
     bitmaps_.record({offset, data.size()});  // again: one may have been cleared while there was no lease
-    while (!data.empty()) {
-      IMG_LET(const Mapping run, map_.lookup({offset, data.size()}));
-      IMG_LET(const size_t written, write_run(run, offset, data.first(run.length)));
-      offset = offset + written;
-      data = data.subspan(written);
-    }
+    IMG_TRY(write_runs(offset, data));
   }
   return relieve();
+}
+
+/// Writes under an exclusive lease.
+Result<> Qcow2Disk::write_runs(GuestOffset offset, ConstBytes data) {
+  while (!data.empty()) {
+    IMG_LET(const Mapping run, map_.lookup({offset, data.size()}));
+    IMG_LET(const size_t written, write_run(run, offset, data.first(run.length)));
+    offset = offset + written;
+    data = data.subspan(written);
+  }
+  return {};
 }
 
 /// Writes the leading runs that are this image's alone; stops at the first that needs new clusters.

@@ -1,0 +1,125 @@
+#include "faults.h"
+
+#include <doctest/doctest.h>
+
+#include "base/log.h"
+#include "support/fault_storage.h"
+#include "support/order_storage.h"
+#include "support/qcow2_view.h"
+
+namespace imgfuse::test {
+namespace {
+
+constexpr uint64_t kCluster = Situation::kCluster;
+
+/// Latched disks say so in the log, thousands of times.
+struct QuietLog {
+  QuietLog() {
+    set_log_sink([](LogLevel, const std::string&) {});
+  }
+} const quiet_log;
+
+struct FaultKind {
+  std::string name;
+  ErrorCode code;
+  Fault fault;
+};
+const FaultKind kFaultKinds[] = {
+    {"one I/O error", ErrorCode::io, {}},
+    {"I/O errors from then on", ErrorCode::io, {.later = true}},
+    {"a torn write", ErrorCode::io, {.calls = Call::write | Call::zero, .torn = true}},
+    {"no space for one call", ErrorCode::no_space, {.calls = Call::write | Call::zero | Call::allocate}},
+    {"a failed flush", ErrorCode::io, {.calls = Call::flush}},
+};
+
+}  // namespace
+
+Result<> write(Disk& disk, ModelDisk& model, uint64_t offset, ConstBytes data) {
+  model.write(GuestOffset(offset), data);
+  return disk.write(GuestOffset(offset), data);
+}
+
+Result<> write(Disk& disk, ModelDisk& model, uint64_t offset, uint64_t length, uint64_t seed) {
+  return write(disk, model, offset, pattern(length, seed));
+}
+
+Result<> zero(Disk& disk, ModelDisk& model, GuestRange range, Zeroing zeroing) {
+  model.zero(range);
+  return disk.write_zeroes(range, zeroing);
+}
+
+Result<> flush(Disk& disk, ModelDisk& model) {
+  IMG_TRY(disk.flush());
+  model.flushed();
+  return {};
+}
+
+ModelDisk model_of(const Situation& s) {
+  const bool small_clusters = Qcow2View::parse(s.image)->cluster_size() == 512;
+  return ModelDisk(s.size,
+                   small_clusters ? std::vector<GuestRange>{{GuestOffset(0), 192_KiB}, {GuestOffset(4_MiB), 64_KiB}}
+                                  : std::vector<GuestRange>{{GuestOffset(0), 76 * kCluster},
+                                                            {GuestOffset(2_MiB - 2 * kCluster), 4 * kCluster}},
+                   s.content);
+}
+
+void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng) {
+  for (const CrashMode mode : {CrashMode::none, CrashMode::all, CrashMode::torn}) {
+    const MemImage crashed = storage.crash(mode, rng);
+    CHECK(Qcow2View::parse(crashed)->find_corruption() == "");
+    CHECK(check_image(crashed).corruptions == 0);
+    auto disk = open_qcow2(std::make_shared<MemStorage>(crashed), {.backing = s.backing});
+    REQUIRE(disk);
+    CHECK(model.compare(**disk) == "");
+    must((*disk)->close());
+  }
+}
+
+void fail_everywhere(const Situation& situation, const Operation& operation) {
+  CAPTURE(operation.name);
+  for (const FaultKind& kind : kFaultKinds) {
+    CAPTURE(kind.name);
+    for (uint64_t n = 1;; ++n) {
+      CAPTURE(n);
+      REQUIRE(n < 2000);
+      Rng rng(n);
+      auto crash = std::make_shared<CrashStorage>(situation.image);
+      auto faults = std::make_shared<FaultStorage>(crash);
+      auto ordered = std::make_shared<OrderStorage>(faults, situation.image);
+      ModelDisk model = model_of(situation);
+      auto disk = must(open_qcow2(
+          ordered, {.metadata_cache = 64_KiB, .backing = situation.backing, .compress = situation.compress}));
+
+      faults->fail_call(n, kind.code, kind.fault);
+      Result<> result = operation.run(*disk, model);
+      if (result) result = flush(*disk, model);
+      const bool fired = faults->fired();
+      faults->heal();
+      if (!fired) CHECK(result);
+      check_crashed(*crash, model, situation, rng);
+      CHECK(model.compare(*disk) == "");  // reads go on
+
+      // Either it works again, and is consistent, or it refuses every change.
+      ModelDisk later = model;
+      CHECK(later.adopt(*disk) == "");
+      const Result<> again = write(*disk, later, 40 * kCluster, 3 * kCluster, n);
+      const Result<> flushed = flush(*disk, later);
+      if (again && flushed) {
+        check_crashed(*crash, later, situation, rng);
+        CHECK(later.compare_exactly(*disk) == "");
+        CHECK(disk->close());
+        CHECK(check_image(crash->image()).leaks == 0);
+      } else {
+        CHECK(fired);
+        CHECK_FALSE(flushed);
+        CHECK_FALSE(disk->flush());
+        CHECK_FALSE(disk->write(GuestOffset(0), pattern(512)));
+        CHECK_FALSE(disk->close());
+        check_crashed(*crash, later, situation, rng);
+      }
+      if (!fired) break;
+    }
+  }
+}
+
+}  // namespace imgfuse::test
