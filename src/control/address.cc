@@ -25,6 +25,8 @@ constexpr int kBacklog = 64;
 constexpr timeval kConnectPatience = {5, 0};
 constexpr std::string_view kFolder = "imgfuse";
 constexpr std::string_view kSuffix = ".sock";
+/// A longer path, with folder and name behind it, does not fit into an address.
+constexpr size_t kMaxRuntimeLength = sizeof(sockaddr_un::sun_path) - 48;
 
 struct SocketName {
   dev_t device = 0;
@@ -55,13 +57,15 @@ std::optional<sockaddr_un> address_of(const std::string& path) {
 
 const sockaddr* generic(const sockaddr_un& address) { return reinterpret_cast<const sockaddr*>(&address); }
 
-std::string folder_path() {
-  // A path that does not fit into an address is no use.
+/// Best first. A variable can be another user's, after su(1) for example.
+std::vector<std::string> folders() {
+  std::vector<std::string> folders;
   const char* const runtime = std::getenv("XDG_RUNTIME_DIR");
-  if (runtime != nullptr && runtime[0] == '/' && std::strlen(runtime) < sizeof(sockaddr_un::sun_path) - 48)
-    return fmt::format("{}/{}", runtime, kFolder);
-  if (::geteuid() == 0) return fmt::format("/run/{}", kFolder);
-  return fmt::format("/tmp/{}-{}", kFolder, ::geteuid());
+  if (runtime != nullptr && runtime[0] == '/' && std::strlen(runtime) < kMaxRuntimeLength)
+    folders.push_back(fmt::format("{}/{}", runtime, kFolder));
+  if (::geteuid() == 0) folders.push_back(fmt::format("/run/{}", kFolder));
+  folders.push_back(fmt::format("/tmp/{}-{}", kFolder, ::geteuid()));
+  return folders;
 }
 
 Result<> make_folder(const std::string& path) {
@@ -120,9 +124,10 @@ std::vector<std::string> find_paths(dev_t device) {
 }  // namespace
 
 Result<std::string> own_socket_path(dev_t device) {
-  const std::string folder = folder_path();
-  IMG_TRY(make_folder(folder));
-  return folder + "/" + format_name({device, ::getpid()});
+  Result<> made;
+  for (const std::string& folder : folders())
+    if (made = make_folder(folder); made) return folder + "/" + format_name({device, ::getpid()});
+  return fail(made.error());
 }
 
 Result<UniqueFd> listen_at(const std::string& path) {

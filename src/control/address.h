@@ -16,8 +16,8 @@
 
 namespace imgfuse::control {
 
-/// The path for the socket of this process: in $XDG_RUNTIME_DIR/imgfuse, else in /run/imgfuse for root and in
-/// /tmp/imgfuse-UID for others. Makes the folder for this user alone, and refuses one that others can write to.
+/// The path for the socket of this process: in $XDG_RUNTIME_DIR/imgfuse, /run/imgfuse or /tmp/imgfuse-UID, the first of
+/// them that there can be. Makes the folder for this user alone, and takes none that others can write to.
 Result<std::string> own_socket_path(dev_t device);
 
 /// Listens at the path, for this user alone. Also removes the sockets beside it whose daemons were killed.

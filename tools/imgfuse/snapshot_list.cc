@@ -12,6 +12,7 @@ namespace imgfuse::tool {
 namespace {
 
 constexpr uint64_t kMillisecond = 1'000'000;
+constexpr fmt::string_view kColumns = "{:<9} {:<16} {:>8}{:>20}{:>13}{:>11}{:>11}\n";
 
 std::string date_of(const SnapshotInfo& snapshot) {
   return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::localtime(std::time_t{snapshot.date_sec}));
@@ -32,10 +33,9 @@ std::string icount_of(const SnapshotInfo& snapshot) {
 
 void print_snapshots(std::ostream& out, const std::vector<SnapshotInfo>& snapshots) {
   out << "Snapshot list:\n"
-      << fmt::format("{:<9} {:<16} {:>8} {:>20} {:>13} {:>10} {:>10}\n", "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK",
-                     "ICOUNT", "DISK SIZE");
+      << fmt::format(fmt::runtime(kColumns), "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE");
   for (const SnapshotInfo& snapshot : snapshots)
-    out << fmt::format("{:<9} {:<16} {:>8} {:>20} {:>13} {:>10} {:>10}\n", snapshot.id, printable(snapshot.name),
+    out << fmt::format(fmt::runtime(kColumns), snapshot.id, printable(snapshot.name),
                        human_size(snapshot.vm_state_size), date_of(snapshot), clock_of(snapshot), icount_of(snapshot),
                        human_size(snapshot.disk_size));
 }
