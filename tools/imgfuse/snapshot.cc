@@ -31,12 +31,10 @@ Result<> run(Io& io, const SnapshotRequest& request, const std::string& action) 
   IMG_LET(Target target, Target::open(request.image, open));
   control::Json arguments = control::Json::object();
   if (!lists) arguments[action == "create" ? "name" : "snapshot"] = request.name;
-  const auto answer = target.run("snapshot-" + action, arguments);
-  const auto closed = target.close();
-  if (!answer) return fail(answer.error());
-  IMG_TRY(closed);
-  if (lists) print_list(io, *answer, request.json);
-  if (action == "create" && request.json) print_list(io, *answer, true);
+  IMG_LET(const control::Json answer, target.run("snapshot-" + action, arguments));
+  IMG_TRY(target.close());
+  if (lists) print_list(io, answer, request.json);
+  if (action == "create" && request.json) print_list(io, answer, true);
   io.out << std::flush;
   return {};
 }

@@ -55,6 +55,9 @@ Result<Target> Target::open(const std::string& path, const OpenOptions& options)
   return fail(disk.error());
 }
 
+/// Who leaves without close() has an error to tell already.
+Target::~Target() { (void)close(); }
+
 Result<control::Json> Target::run(const std::string& command, const control::Json& arguments) {
   if (auto* daemon = std::get_if<Client>(&where_)) return daemon->call(command, arguments);
   control::Presenter nobody;
@@ -62,8 +65,10 @@ Result<control::Json> Target::run(const std::string& command, const control::Jso
 }
 
 Result<> Target::close() {
-  if (auto* disk = std::get_if<std::unique_ptr<Disk>>(&where_)) return (*disk)->close();
-  return {};
+  auto* const opened = std::get_if<std::unique_ptr<Disk>>(&where_);
+  if (opened == nullptr || *opened == nullptr) return {};
+  const std::unique_ptr<Disk> disk = std::move(*opened);
+  return disk->close();
 }
 
 }  // namespace imgfuse::tool

@@ -11,12 +11,16 @@
 
 namespace imgfuse::tool {
 
-/// Runs the commands of control/commands.h, wherever the image is open. A writable image that is opened here is to be
-/// closed with close().
+/// Runs the commands of control/commands.h, wherever the image is open. An image that is opened here is closed in any
+/// case; close() tells how that went.
 class Target {
  public:
   /// `path` is a mount point, or an image. An image that is in use is looked for among the mounts of this user.
   static Result<Target> open(const std::string& path, const OpenOptions& options);
+
+  Target(Target&&) = default;
+  Target& operator=(Target&&) = delete;
+  ~Target();
 
   Result<control::Json> run(const std::string& command, const control::Json& arguments = control::Json::object());
   Result<> close();
@@ -24,7 +28,8 @@ class Target {
  private:
   using Where = std::variant<control::Client, std::unique_ptr<Disk>>;
   explicit Target(Where where) : where_(std::move(where)) {}
-  Where where_;
+
+  Where where_;  // no disk: it has been closed
 };
 
 }  // namespace imgfuse::tool
