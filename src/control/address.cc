@@ -20,7 +20,7 @@
 namespace imgfuse::control {
 namespace {
 
-constexpr int kBacklog = 64;
+constexpr int kBacklog = 1024;
 /// A daemon with a full backlog must not hang its callers.
 constexpr timeval kConnectPatience = {5, 0};
 constexpr std::string_view kFolder = "imgfuse";

@@ -29,8 +29,8 @@ class Control:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(60)
         self.socket.connect(path)
+        self.socket.settimeout(60)
         self.lines = self.socket.makefile('r', encoding='utf-8')
 
     def say(self, data):
@@ -457,25 +457,44 @@ class ControlSocket(SnapshotCase):
         mount.unmount()
         self.assertFalse(os.path.exists(path))
 
-    def test_live_growth_and_shrinking(self):
+
+class Resize(SnapshotCase):
+    def test_a_mounted_disk_grows_for_everybody_who_has_it_open(self):
         image = self.qcow2(size='8M')
-        for options in ((), ('-o', 'writeback_cache')):
+        for options in ((), ('-o', 'writeback_cache'), ('-s',)):
             with self.subTest(options):
                 mount = self.mount(image, *options)
-                device = self.losetup(mount.disk)
-                control = self.control(mount)
                 size = os.stat(mount.disk).st_size
-                self.assertEqual(control.ask('resize', size=2 * size)['return'], {'virtual-size': 2 * size})
+                device, fd = self.losetup(mount.disk), mount.open()
+                imgfuse('resize', '-q', mount.point, '+%d' % size)
+                self.assertEqual(os.lseek(fd, 0, os.SEEK_END), 2 * size)
                 self.assertEqual(os.stat(mount.disk).st_size, 2 * size)
                 run('losetup', '--set-capacity', device)
                 self.assertEqual(int(run('blockdev', '--getsize64', device)), 2 * size)
                 self.detach(device)
-                self.write(mount, 2 * size - 3, b'end')
-                self.assertIn('error', control.ask('resize', size=size))
+                os.pwrite(fd, b'end', 2 * size - 3)
+                os.close(fd)
                 self.assertEqual(self.read(mount.disk, 2 * size - 3, 10), b'end')
-                self.assertEqual(control.ask('resize', size=0)['error']['code'], 'unsupported')
+                outcome = attempt(IMGFUSE, 'resize', image, str(size))
+                self.assertEqual(outcome.status, 1, outcome)
+                self.assertIn('shrink', outcome.err)
+                self.assertEqual(os.stat(mount.disk).st_size, 2 * size)
                 mount.unmount()
                 self.assert_clean(image)
+
+    def test_a_mounted_disk_shrinks(self):
+        image = self.raw(size=8 * MiB)
+        mount = self.mount(image, '--format', 'raw')
+        self.write(mount, 0, pattern(8 * MiB, 'all'))
+        imgfuse('resize', '--shrink', mount.point, '-3M')
+        self.assertEqual(os.stat(mount.disk).st_size, 5 * MiB)
+        self.assertEqual(self.read(mount.disk, 0, 8 * MiB), pattern(8 * MiB, 'all')[:5 * MiB])
+        fd = mount.open()
+        with self.assertRaises(OSError):
+            os.pwrite(fd, b'x', 5 * MiB)
+        os.close(fd)
+        mount.unmount()
+        self.assertEqual(os.stat(image).st_size, 5 * MiB)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 #include "command.h"
 #include "create_options.h"
 #include "imgfuse/open.h"
-#include "open_disk.h"
+#include "target.h"
 #include "text.h"
 
 namespace imgfuse::tool {
@@ -34,11 +34,13 @@ Result<NewSize> parse_new_size(std::string_view text) {
   return size;
 }
 
-Result<> resize(const std::string& image, const OpenOptions& open, NewSize size, ResizeOptions options) {
-  IMG_LET(OpenDisk disk, OpenDisk::open(image, open));
-  IMG_LET(const uint64_t bytes, size.from(disk->size()));
-  IMG_TRY(disk->resize(bytes, options));
-  return disk.close();
+Result<> resize(const std::string& image, const OpenOptions& open, NewSize size, bool shrink,
+                const std::string& preallocation) {
+  IMG_LET(Target target, Target::open(image, open));
+  IMG_LET(const control::Json info, target.run("info"));
+  IMG_LET(const uint64_t bytes, size.from(info.at("virtual-size").get<uint64_t>()));
+  IMG_TRY(target.run("resize", {{"size", bytes}, {"shrink", shrink}, {"preallocation", preallocation}}));
+  return target.close();
 }
 
 /// "-10G" looks like options, which is why it is taken away before they are parsed.
@@ -51,7 +53,7 @@ bool is_negative(const std::string& text) {
 int run_resize(Io& io, Arguments args) {
   std::string image, size_text;
   OpenOptions open;
-  ResizeOptions options;
+  bool shrink = false;
   std::string preallocation = "off";
   bool quiet = false;
   if (!args.empty() && is_negative(args.back())) {
@@ -59,14 +61,14 @@ int run_resize(Io& io, Arguments args) {
     args = args.first(args.size() - 1);
   }
   CLI::App app("Makes a disk larger or smaller. What it gains reads as zeros.", "imgfuse resize");
-  app.add_option("IMAGE", image)->required();
+  app.add_option("IMAGE", image, "An image, or the mount point of one")->required();
   CLI::Option* const size_option =
       app.add_option("SIZE", size_text, "The new size, as 10G; or by how much it changes: +10G, -10G");
   if (size_text.empty()) size_option->required();
   app.add_option_function<std::string>(
       "-f,--format", [&](const std::string& name) { open.format = name; },
       "The image's format; found out from the image if not given");
-  app.add_flag("--shrink", options.shrink, "Allow to lose what lies behind the new end");
+  app.add_flag("--shrink", shrink, "Allow to lose what lies behind the new end");
   app.add_option("--preallocation", preallocation, "Of what is added: off (default), metadata, falloc or full");
   add_allow_path_option(app, open.allowed_directories);
   app.add_flag("-q,--quiet", quiet, "Say nothing on success");
@@ -76,13 +78,11 @@ int run_resize(Io& io, Arguments args) {
     print_error(io, "", error, "\"imgfuse resize --help\" lists the options");
     return kUsage;
   };
-  const auto mode = parse_preallocation(preallocation);
-  if (!mode) return usage_error(mode.error());
-  options.preallocation = *mode;
+  if (const auto mode = parse_preallocation(preallocation); !mode) return usage_error(mode.error());
   const auto size = parse_new_size(size_text);
   if (!size) return usage_error(size.error());
 
-  if (auto resized = resize(image, open, *size, options); !resized) {
+  if (auto resized = resize(image, open, *size, shrink, preallocation); !resized) {
     print_error(io, image, resized.error());
     return kFailure;
   }
