@@ -65,7 +65,7 @@ Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t
   ExclusiveLock lock(image_.mutex);
   const uint64_t slice_end = slice.first + slice.count;
   uint64_t first = std::max(from, slice.first);
-  while (first < slice_end && refcounts_.get(slice, first) != 0) ++first;
+  first = refcounts_.first_free(slice, first);
   if (from <= lowest_free_) lowest_free_ = std::max(lowest_free_, first);
   uint64_t end = first;
   while (end < std::min(slice_end, limit) && end - first < wanted && refcounts_.get(slice, end) == 0) ++end;

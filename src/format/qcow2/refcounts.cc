@@ -5,6 +5,7 @@
 #include "base/buffer.h"
 #include "base/endian.h"
 #include "format/qcow2/l2_entry.h"
+#include "format/qcow2/refcount_width.h"
 
 namespace imgfuse::qcow2 {
 namespace {
@@ -120,6 +121,15 @@ Result<Refcounts::Slice> Refcounts::slice_of(uint64_t cluster, TableCache::Room 
 uint64_t Refcounts::get(const Slice& slice, uint64_t cluster) const {
   if (!slice.pin) return 0;
   return get_refcount(slice.pin.content(), cluster - slice.first, image_.geometry.refcount_bits);
+}
+
+uint64_t Refcounts::first_free(const Slice& slice, uint64_t cluster) const {
+  uint64_t index = cluster - slice.first;
+  const ConstBytes counts = slice.pin.content();
+  with_refcount_width(image_.geometry.refcount_bits, [&](auto width) {
+    while (index < slice.count && width.get(counts, index) != 0) ++index;
+  });
+  return slice.first + index;
 }
 
 void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) {

@@ -8,6 +8,7 @@
 #include "base/math.h"
 #include "format/qcow2/cluster_runs.h"
 #include "format/qcow2/l2_entry.h"
+#include "format/qcow2/refcount_width.h"
 #include "format/qcow2/table_writer.h"
 
 namespace imgfuse::qcow2 {
@@ -72,7 +73,7 @@ Result<> TreeChange::check_tables(const L1Table& tree) const {
     if ((entry.raw & kL1Reserved) || entry.table().bytes() % g.cluster_size != 0)
       return fail(ErrorCode::corrupt, "L1 entry {} is {:#x}, which is no place of a table", i, entry.raw);
     if (!entry.present()) continue;
-    if (!may_count(g.cluster_of(entry.table())))
+    if (!is_counted(g.cluster_of(entry.table())))
       return fail(without_count(g.cluster_of(entry.table()), g.cluster_size));
     tables.push_back(entry.table().bytes());
   }
@@ -118,54 +119,68 @@ Result<> TreeChange::add_tree(const Gain& gain) {
   const L1Table& tree = *gain.tree;
   const auto place = [&](uint64_t i) { return L1Entry{tree[i]}.table().bytes(); };
   for (uint64_t i = 0; i < tree.size(); ++i)
-    if (place(i) != 0) IMG_TRY(add(place(i) >> g.cluster_bits, gain.references));
+    if (place(i) != 0) IMG_TRY(add(place(i) >> g.cluster_bits, 1, gain.references));
   return for_each_cluster(image_.storage, g.cluster_size, 0, tree.size(), Holes::skip, place,
                           [&](uint64_t i, ConstBytes table) { return add_table(gain, i, table); });
 }
 
 Result<> TreeChange::add_table(const Gain& gain, uint64_t l1_index, ConstBytes table) {
   const Geometry& g = image_.geometry;
-  const bool next = gain.tree == plan_.next;
   uint64_t held = 0;
-  uint64_t flags = 0;
-  for (uint64_t i = 0; i < g.l2_entries; ++i) {
-    const L2Entry entry = g.l2.load(table, i);
-    if (!g.l2.holds_host(entry)) continue;
-    ++held;
-    flags |= entry.raw & kCopied;
-    IMG_TRY(add_entry(gain, entry, GuestOffset(l1_index * g.l2_coverage + i * g.cluster_size)));
+  bool flags = false;
+  for (uint64_t i = 0; i < g.l2_entries;) {
+    const L2Entry first = g.l2.load(table, i);
+    if (!g.l2.holds_host(first)) {
+      ++i;
+      continue;
+    }
+    const uint64_t run = run_length(table, i, first);
+    IMG_TRY(add_run(gain, first, run, GuestOffset(l1_index * g.l2_coverage + i * g.cluster_size)));
+    flags |= (first.raw & kCopied) != 0;
+    held += run;
+    i += run;
   }
-  if (!next) return {};
+  if (gain.tree != plan_.next) return {};
   allocated_clusters_ += held;
-  if (flags != 0 && plan_.flags == Flags::none) changed_tables_[l1_index] = true;
+  if (flags && plan_.flags == Flags::none) changed_tables_[l1_index] = true;
   return {};
 }
 
-Result<> TreeChange::add_entry(const Gain& gain, L2Entry entry, GuestOffset guest) {
+/// How many entries from `index` on, of which `first` is the first, lie behind each other on the host.
+uint64_t TreeChange::run_length(ConstBytes table, uint64_t index, L2Entry first) const {
   const Geometry& g = image_.geometry;
-  HostRange range{entry.host(), 1};
-  if (g.l2.is_compressed(entry)) {
-    const CompressedRange compressed = entry.compressed_range(g.cluster_bits);
-    range = {compressed.offset, compressed.length};
-  } else if (entry.host().bytes() % g.cluster_size != 0) {
-    return fail(ErrorCode::corrupt, "L2 entry {:#x} for guest offset {:#x} points into the middle of a cluster",
-                entry.raw, guest.bytes());
-  }
-  const uint64_t last = g.cluster_of(range.begin + (range.length - 1));
-  for (uint64_t cluster = g.cluster_of(range.begin); cluster <= last; ++cluster) {
-    if (window_.contains(cluster) && window_.is_metadata(cluster))
-      return fail(ErrorCode::corrupt, "L2 entry {:#x} for guest offset {:#x} points at metadata", entry.raw,
-                  guest.bytes());
-    IMG_TRY(add(cluster, gain.references));
-  }
-  return {};
+  if (g.l2.is_compressed(first)) return 1;
+  uint64_t end = index + 1;
+  for (uint64_t expected = first.raw + g.cluster_size; end < g.l2_entries; ++end, expected += g.cluster_size)
+    if (g.l2.load(table, end).raw != expected) break;
+  return end - index;
 }
 
-Result<> TreeChange::add(uint64_t cluster, int32_t references) {
-  if (!may_count(cluster)) return fail(without_count(cluster, image_.geometry.cluster_size));
-  if (window_.contains(cluster) && !window_.add(cluster, references))
-    return fail(ErrorCode::corrupt, "the cluster at {:#x} has more than 2^31 references",
-                cluster << image_.geometry.cluster_bits);
+Result<> TreeChange::add_run(const Gain& gain, L2Entry first, uint64_t entries, GuestOffset guest) {
+  const Geometry& g = image_.geometry;
+  uint64_t cluster = g.cluster_of(first.host());
+  uint64_t count = entries;
+  if (g.l2.is_compressed(first)) {
+    const CompressedRange range = first.compressed_range(g.cluster_bits);
+    cluster = g.cluster_of(range.offset);
+    count = g.cluster_of(range.offset + (range.length - 1)) - cluster + 1;
+  } else if (first.host().bytes() % g.cluster_size != 0) {
+    return fail(ErrorCode::corrupt, "L2 entry {:#x} for guest offset {:#x} points into the middle of a cluster",
+                first.raw, guest.bytes());
+  }
+  if (window_.has_metadata(cluster, count))
+    return fail(ErrorCode::corrupt, "L2 entry {:#x} for guest offset {:#x}, or one behind it, points at metadata",
+                first.raw, guest.bytes());
+  return add(cluster, count, gain.references);
+}
+
+Result<> TreeChange::add(uint64_t cluster, uint64_t count, int32_t references) {
+  const uint64_t last = cluster + count - 1;
+  for (uint64_t c = cluster; c <= last; c = ((c >> block_bits_) + 1) << block_bits_)
+    if (!is_counted(c)) return fail(without_count(c, image_.geometry.cluster_size));
+  if (!is_counted(last)) return fail(without_count(last, image_.geometry.cluster_size));
+  window_.add(cluster, count, references);
+  if (window_.overflowed()) return fail(ErrorCode::corrupt, "a cluster has more than 2^30 references from one tree");
   return {};
 }
 
@@ -182,30 +197,46 @@ Result<> TreeChange::check_counts() {
   return for_each_cluster(
       image_.storage, g.cluster_size, first_block, end_block, Holes::show,
       [&](uint64_t block) { return touched_place(block); },
-      [&](uint64_t block, ConstBytes counts) -> Result<> {
-        for (uint64_t c = block << block_bits_; c < end_of(block); ++c)
-          if (window_.sum(c) != 0)
-            IMG_TRY(check_count(c, get_refcount(counts, c - (block << block_bits_), g.refcount_bits)));
-        return {};
-      });
+      [&](uint64_t block, ConstBytes counts) { return check_block(block, counts); });
 }
 
-Result<> TreeChange::check_count(uint64_t cluster, uint64_t count) {
+Result<> TreeChange::check_block(uint64_t block, ConstBytes counts) {
+  const uint64_t first = block << block_bits_;
+  const uint64_t end = std::min(first + image_.geometry.refcounts_per_block, window_.end());
+  const uint64_t max = ~uint64_t{0} >> (64 - image_.geometry.refcount_bits);
+  bool good = true;
+  with_refcount_width(image_.geometry.refcount_bits, [&](auto width) {
+    for (uint64_t c = first; c < end; ++c) {
+      const int64_t sum = window_.sum(c);
+      if (sum == 0) continue;
+      const uint64_t count = width.get(counts, c - first);
+      const uint64_t next = count + static_cast<uint64_t>(sum);
+      good &= count != 0 && (sum > 0 ? next <= max && next > count : next < count);
+      window_.set_unshared(c, next == 1);
+    }
+  });
+  for (uint64_t c = first; c < end && !good; ++c)
+    IMG_TRY(check_count(c, get_refcount(counts, c - first, image_.geometry.refcount_bits)));
+  return {};
+}
+
+/// Says what is wrong with a count, if anything is.
+Result<> TreeChange::check_count(uint64_t cluster, uint64_t count) const {
   const Geometry& g = image_.geometry;
   const int64_t sum = window_.sum(cluster);
+  const uint64_t max = ~uint64_t{0} >> (64 - g.refcount_bits);
+  if (sum == 0) return {};
   if (count == 0) return fail(without_count(cluster, g.cluster_size));
   if (sum < 0 && static_cast<uint64_t>(-sum) > count)
     return fail(ErrorCode::corrupt,
                 "the cluster at {:#x} has a reference count of {} but {} references; repair the image with imgfuse "
                 "check --repair all",
                 cluster * g.cluster_size, count, -sum);
-  const uint64_t max = ~uint64_t{0} >> (64 - g.refcount_bits);
   if (sum > 0 && static_cast<uint64_t>(sum) > max - count)
     return fail(ErrorCode::unsupported,
-                "the cluster at {:#x} would have {} references, and counts of {} bits end at {}; copy the disk to an "
-                "image with wider counts",
-                cluster * g.cluster_size, count + static_cast<uint64_t>(sum), g.refcount_bits, max);
-  window_.set_unshared(cluster, static_cast<int64_t>(count) + sum == 1);
+                "the cluster at {:#x} would have more than {} references, which is what counts of {} bits end at; copy "
+                "the disk to an image with wider counts",
+                cluster * g.cluster_size, max, g.refcount_bits);
   return {};
 }
 
@@ -293,7 +324,7 @@ Result<> TreeChange::write_blocks() {
   for (uint64_t i = 0; i < l1_.size(); ++i)
     if (const uint64_t old = g.cluster_of(L1Entry{(*plan_.next)[i]}.table());
         changed_tables_[i] && window_.contains(old))
-      (void)window_.add(old, -1);
+      window_.add(old, 1, -1);
 
   ClusterWriter writer(image_.storage, g.cluster_size);
   IMG_TRY(for_each_cluster(
@@ -304,10 +335,11 @@ Result<> TreeChange::write_blocks() {
         std::copy(counts.begin(), counts.end(), copy.begin());
         const uint64_t first = block << block_bits_;
         const uint64_t end = std::min(first + g.refcounts_per_block, window_.end());
-        for (uint64_t c = first; c < end; ++c)
-          if (const int64_t sum = window_.sum(c); sum != 0)
-            set_refcount(copy, c - first, g.refcount_bits,
-                         get_refcount(counts, c - first, g.refcount_bits) + static_cast<uint64_t>(sum));
+        with_refcount_width(g.refcount_bits, [&](auto width) {
+          for (uint64_t c = first; c < end; ++c)
+            if (const int64_t sum = window_.sum(c); sum != 0)
+              width.set(copy, c - first, width.get(counts, c - first) + static_cast<uint64_t>(sum));
+        });
         return {};
       }));
   return writer.finish();
@@ -328,8 +360,7 @@ Result<> TreeChange::write_tables(bool first) {
         for (uint64_t k = 0; k < g.l2_entries; ++k) {
           L2Entry entry = g.l2.load(table, k);
           if (!g.l2.has_host(entry)) continue;
-          const bool flag = plan_.flags == Flags::recount && flag_for(entry);
-          entry.raw = (entry.raw & ~kCopied) | (flag ? kCopied : 0);
+          entry.raw = (entry.raw & ~kCopied) | (plan_.flags == Flags::recount && flag_for(entry) ? kCopied : 0);
           g.l2.store(copy, k, entry);
         }
         return {};
@@ -377,7 +408,9 @@ void TreeChange::adopt() {
     if (touched_[block]) allocator_.quarantine(HostOffset(blocks_[block]), 1, HostSpace::keep);
   const HostRange old = refcounts_.adopt_table(refcount_table_offset(), std::move(refcount_table_));
   allocator_.quarantine(old.begin, g.clusters_for(old.length), HostSpace::keep);
-  allocator_.search_from_start();
+  const bool frees =
+      std::any_of(plan_.gains.begin(), plan_.gains.end(), [](const Gain& gain) { return gain.references < 0; });
+  if (frees) allocator_.search_from_start();
 }
 
 void TreeChange::commit() {

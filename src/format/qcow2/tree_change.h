@@ -78,13 +78,15 @@ class TreeChange {
   Result<> load_window(uint64_t first);
   Result<> add_tree(const Gain& gain);
   Result<> add_table(const Gain& gain, uint64_t l1_index, ConstBytes table);
-  Result<> add_entry(const Gain& gain, L2Entry entry, GuestOffset guest);
-  Result<> add(uint64_t cluster, int32_t references);
+  uint64_t run_length(ConstBytes table, uint64_t index, L2Entry first) const;
+  Result<> add_run(const Gain& gain, L2Entry first, uint64_t entries, GuestOffset guest);
+  Result<> add(uint64_t cluster, uint64_t count, int32_t references);
   Result<> check_counts();
-  Result<> check_count(uint64_t cluster, uint64_t count);
+  Result<> check_block(uint64_t block, ConstBytes counts);
+  Result<> check_count(uint64_t cluster, uint64_t count) const;
   Result<> find_changed_tables();
   void touch(uint64_t cluster) { touched_[cluster >> block_bits_] = true; }
-  bool may_count(uint64_t cluster) const { return cluster < end_ && blocks_[cluster >> block_bits_] != 0; }
+  bool is_counted(uint64_t cluster) const { return cluster < end_ && blocks_[cluster >> block_bits_] != 0; }
   uint64_t touched_place(uint64_t block) const { return touched_[block] ? blocks_[block] : 0; }
 
   Result<Reservations> reserve_run(uint64_t clusters);
