@@ -1,17 +1,16 @@
 """Snapshots of images, mounted and not, and the control socket."""
+import hashlib
 import json
 import os
-import re
 import socket
 import struct
 import subprocess
-import tempfile
 import threading
+import time
 import unittest
 from pathlib import Path
 
-from harness import (IMGFUSE, KiB, MiB, ImageCase, attempt, by_scale, imgfuse, imgfuse_json, pattern, run, sha256,
-                     wait_until)
+from harness import (IMGFUSE, KiB, MiB, ImageCase, attempt, by_scale, imgfuse, imgfuse_json, pattern, run, sha256)
 
 NOBODY = ('setpriv', '--reuid=65534', '--regid=65534', '--clear-groups')
 
@@ -253,6 +252,78 @@ class Mounted(SnapshotCase):
         mount.unmount()
         self.assert_clean(image)
 
+    def test_after_applying_under_load_the_kernel_shows_what_the_image_holds(self):
+        for options in ((), ('-o', 'writeback_cache')):
+            with self.subTest(options):
+                image = self.qcow2(size='8M')
+                mount = self.mount(image, *options)
+                imgfuse('snapshot', 'create', mount.point, 'a')
+                stop = threading.Event()
+
+                def work(number):
+                    fd, step = mount.open(), 0
+                    while not stop.is_set():
+                        offset = (step * 7919 + number) % 2048 * 4 * KiB
+                        os.pwrite(fd, struct.pack('<QQ', number, step) * 256, offset)
+                        os.pread(fd, 4 * KiB, (offset * 3) % (8 * MiB))
+                        step += 1
+                    os.close(fd)
+
+                threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+                for thread in threads:
+                    thread.start()
+                try:
+                    for _ in range(by_scale(2, 4, 50)):
+                        imgfuse('snapshot', 'apply', mount.point, 'a')
+                finally:
+                    stop.set()
+                    for thread in threads:
+                        thread.join()
+                shown = self.read(mount.disk, 0, 8 * MiB)
+                mount.unmount()
+                self.assert_clean(image)
+                run('qemu-img', 'convert', '-O', 'raw', image, self.path('raw'))
+                self.assertEqual(sha256(self.path('raw')), hashlib.sha256(shown).hexdigest())
+
+    def test_a_daemon_that_is_killed_keeps_the_snapshots_it_has_acknowledged(self):
+        for round in range(by_scale(2, 4, 30)):
+            image = self.qcow2(size='16M')
+            mount = self.mount(image)
+            acknowledged, running = {}, threading.Event()
+
+            def work():
+                number = 0
+                while True:
+                    data = pattern(64 * KiB, number)
+                    try:
+                        self.write(mount, number % 64 * 64 * KiB, data)
+                    except OSError:
+                        return
+                    if attempt(IMGFUSE, 'snapshot', 'create', mount.point, 's%d' % number).status != 0:
+                        return
+                    acknowledged['s%d' % number] = (number % 64 * 64 * KiB, data)
+                    number += 1
+                    if number > 3:
+                        running.set()
+                        doomed = 's%d' % (number - 3)
+                        del acknowledged[doomed]  # from here on it may be gone
+                        if attempt(IMGFUSE, 'snapshot', 'delete', mount.point, doomed).status != 0:
+                            return
+
+            worker = threading.Thread(target=work)
+            worker.start()
+            running.wait(60)
+            time.sleep(self.random.random() / 5)
+            mount.kill()
+            worker.join()
+            mount.bury()
+
+            self.assert_no_corruption(image)
+            mount = self.mount_directory(image)
+            for name, (offset, data) in acknowledged.items():
+                self.assertEqual(self.read(mount.point / 'snapshots' / (name + '.raw'), offset, 64 * KiB), data)
+            mount.unmount()
+
     def test_fio_verifies_while_snapshots_come_and_go(self):
         image = self.qcow2(size='64M')
         mount = self.mount(image)
@@ -456,6 +527,76 @@ class ControlSocket(SnapshotCase):
         imgfuse('snapshot', 'create', mount.point, 'a')  # without the variable
         mount.unmount()
         self.assertFalse(os.path.exists(path))
+
+
+class Bitmaps(SnapshotCase):
+    def changed(self, control, name):
+        """What the daemon says, asked part by part."""
+        ranges, start = [], 0
+        while True:
+            answer = control.ask('changed-since', name=name, start=start)['return']
+            ranges += [(r['start'], r['length']) for r in answer['ranges']]
+            if answer['end'] == answer['virtual-size']:
+                return ranges
+            self.assertGreater(answer['end'], start)
+            start = answer['end']
+
+    def test_a_mounted_disk_records_what_changes(self):
+        for options in ((), ('-o', 'writeback_cache')):
+            with self.subTest(options):
+                image = self.qcow2(size='64M')
+                mount = self.mount(image, *options)
+                control = self.control(mount)
+                self.write(mount, 0, b'before')
+                self.assertEqual(control.ask('bitmap-add', name='b', granularity=4096), {'return': {}})
+                self.assertEqual(self.changed(control, 'b'), [])
+                self.write(mount, MiB + 1, b'x' * 4096)
+                self.write(mount, 64 * MiB - 1, b'y')
+                self.assertEqual(self.changed(control, 'b'), [(MiB, 8192), (64 * MiB - 4096, 4096)])
+                self.assertEqual(control.ask('bitmap-clear', name='b'), {'return': {}})
+                self.assertEqual(self.changed(control, 'b'), [])
+                self.write(mount, 2 * MiB, b'z')
+                self.assertEqual(control.ask('bitmap-list')['return'],
+                                 [{'name': 'b', 'granularity': 4096, 'in-use': False, 'auto': True}])
+                self.assertEqual(control.ask('bitmap-add', name='b')['error']['code'], 'invalid')
+                self.assertEqual(control.ask('bitmap-remove', name='c')['error']['code'], 'not-found')
+                mount.unmount()
+                self.assert_clean(image)
+                mount = self.mount(image)
+                self.assertEqual(self.changed(self.control(mount), 'b'), [(2 * MiB, 4096)])
+                mount.unmount()
+
+    def test_recording_beside_writers_misses_nothing(self):
+        image = self.qcow2(size='64M')
+        mount = self.mount(image)
+        control = self.control(mount)
+        fd = mount.open()
+        written, stop = set(), threading.Event()
+
+        def work():
+            number = 0
+            while not stop.is_set():
+                block = number * 7919 % 16384
+                os.pwrite(fd, b'w' * 4096, block * 4096)
+                written.add(block)
+                number += 1
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            for number in range(10):
+                control.ask('bitmap-add', name='b%d' % number, granularity=4096)
+                before = set(written)
+                if number % 2:
+                    control.ask('bitmap-remove', name='b%d' % (number - 1))
+        finally:
+            stop.set()
+            worker.join()
+        os.close(fd)
+        changed = {start // 4096 + n for start, length in self.changed(control, 'b9') for n in range(length // 4096)}
+        self.assertLessEqual(written - before, changed)
+        mount.unmount()
+        self.assert_clean(image)
 
 
 class Resize(SnapshotCase):

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "support/random.h"
+
 namespace imgfuse::control {
 namespace {
 
@@ -44,6 +46,34 @@ TEST_CASE("control protocol: nesting does not reach the stack") {
       if (const auto parsed = parse_request(line)) CHECK(format_answer(Json(1), parsed->id).size() < 200);
     }
   }
+}
+
+TEST_CASE("control protocol: damaged lines are refused or read, whatever the damage") {
+  const uint64_t seed = test::base_seed();
+  CAPTURE(seed);
+  test::Rng rng(seed);
+  const std::string whole = format_request({"snapshot-create", {{"name", "a\"\u00e9"}, {"size", 1e300}}, {"x", 1}});
+  unsigned read = 0;
+
+  for (unsigned run = 0; run < 20'000; ++run) {
+    std::string line = whole;
+    for (uint64_t changes = rng.between(1, 4); changes > 0; --changes) {
+      const size_t at = rng.below(line.size());
+      if (rng.one_in(3))
+        line.erase(at, rng.below(8));
+      else if (rng.one_in(2))
+        line.insert(at, line.substr(rng.below(line.size()), rng.below(20)));
+      else
+        line[at] = static_cast<char>(rng.below(256));
+    }
+    const auto request = parse_request(line);
+    if (request) {
+      CHECK(parse_request(format_request(*request)));
+      ++read;
+    }
+  }
+
+  CHECK(read > 0);
 }
 
 TEST_CASE("control protocol: answers and errors come back from their lines") {
