@@ -32,9 +32,21 @@ struct CheckReport {
 /// One finding, as it is met: "leaked cluster 7: refcount 1, references 0".
 using CheckSink = std::function<void(const std::string& finding)>;
 
-/// Checks the image's own structures (not its backing chain); repairs what `repair` says.
+/// Checks the image's own structures (not its backing chain); repairs what `repair` says. A repair with an `undo_file`
+/// makes that file, which must not exist, and keeps there what it overwrites; it is gone again if nothing was changed.
 Result<CheckReport> check_image(const std::string& path, const OpenOptions& options, Repair repair,
-                                const CheckSink& sink);
+                                const CheckSink& sink, const std::optional<std::string>& undo_file = {});
+
+/// What taking back a repair did.
+struct UndoReport {
+  uint64_t pieces = 0;  ///< of the image, that got their old bytes back
+  uint64_t bytes = 0;   ///< in them
+  uint64_t size = 0;    ///< of the image, as before the repair
+};
+
+/// Takes back what a repair with this undo file did: the image is byte for byte what it was. Refuses, with nothing
+/// changed, if the image is another one or has been changed since. Can be repeated after a crash.
+Result<UndoReport> undo_repair(const std::string& path, const OpenOptions& options, const std::string& undo_file);
 
 struct SnapshotInfo {
   std::string id;

@@ -125,4 +125,6 @@ size_t zstd(ConstBytes in, Bytes out) {
   return ZSTD_isError(length) ? 0 : length;
 }
 
+uint32_t crc32(ConstBytes in, uint32_t before) { return libdeflate_crc32(before, in.data(), in.size()); }
+
 }  // namespace imgfuse::codec

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
@@ -23,5 +24,8 @@ size_t deflate(ConstBytes in, Bytes out);
 
 /// As deflate(), as one zstd frame.
 size_t zstd(ConstBytes in, Bytes out);
+
+/// The checksum of gzip and PNG, of what had the checksum `before` and `in` behind it.
+uint32_t crc32(ConstBytes in, uint32_t before = 0);
 
 }  // namespace imgfuse::codec

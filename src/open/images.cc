@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "base/math.h"
+#include "core/undo_storage.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
 #include "open/chain.h"
@@ -40,18 +41,11 @@ Result<std::vector<ImageInfo>> walk_chain(const std::string& path, const OpenOpt
   }
 }
 
-Result<CheckReport> check_layer(const std::string& path, const OpenOptions& options, Repair repair,
-                                const CheckSink& sink) {
-  IMG_LET(const Layer layer, open_top(path, options, repair != Repair::none));
-  IMG_LET(const CheckReport report, layer.format->check(*layer.storage, repair, sink));
-  if (repair != Repair::none) IMG_TRY(layer.storage->flush());
-  return report;
-}
-
 /// The file an image is to be made in, locked. A file that was not there before is removed again unless kept.
 class NewFile {
  public:
-  static Result<NewFile> open(const std::string& path);
+  enum class Existing { replaced, refused };
+  static Result<NewFile> open(const std::string& path, Existing existing);
   NewFile(NewFile&&) = default;
   NewFile& operator=(NewFile&&) = delete;
   ~NewFile() {
@@ -61,6 +55,8 @@ class NewFile {
   FileStorage& storage() { return *storage_; }
   /// Makes the file and its name durable.
   Result<> keep();
+  /// Removes it, even if it was to be kept.
+  void drop() { created_ = true; }
 
  private:
   NewFile(std::string path, std::shared_ptr<FileStorage> storage, bool created)
@@ -71,11 +67,11 @@ class NewFile {
   bool created_;
 };
 
-Result<NewFile> NewFile::open(const std::string& path) {
+Result<NewFile> NewFile::open(const std::string& path, Existing existing) {
   const int flags = O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
   UniqueFd fd(::open(path.c_str(), flags | O_CREAT | O_EXCL, 0644));
   const bool created = bool(fd);
-  if (!created && errno == EEXIST) fd = UniqueFd(::open(path.c_str(), flags));
+  if (!created && errno == EEXIST && existing == Existing::replaced) fd = UniqueFd(::open(path.c_str(), flags));
   if (!fd) return fail(host_error(errno));
   auto storage = FileStorage::adopt(std::move(fd), path, {.writable = true, .lock = LockRole::writer});
   if (!storage) {
@@ -92,6 +88,53 @@ Result<> NewFile::keep() {
   if (!fd || (fsync(fd.get()) != 0 && errno != EINVAL)) return fail(host_error(errno, "flush its directory"));
   created_ = false;
   return {};
+}
+
+/// When the host last saw a write to a regular file, in nanoseconds. For a device that says nothing: 0.
+Result<uint64_t> time_of_change(const FileStorage& storage) {
+  struct stat status {};
+  if (fstat(storage.fd(), &status) != 0) return fail(host_error(errno));
+  if (!S_ISREG(status.st_mode)) return 0;
+  return static_cast<uint64_t>(status.st_mtim.tv_sec) * 1000000000 + static_cast<uint64_t>(status.st_mtim.tv_nsec);
+}
+
+Result<CheckReport> repair_with_undo(const Layer& layer, Repair repair, const CheckSink& sink,
+                                     const std::string& undo_file) {
+  auto file = NewFile::open(undo_file, NewFile::Existing::refused);
+  if (!file) return fail(file.error().during("undo file {}", undo_file));
+  IMG_LET(UndoJournal journal, UndoJournal::create(file->storage(), *layer.storage));
+  IMG_TRY(file->keep());
+  UndoStorage storage(*layer.storage, journal);
+  IMG_LET(const CheckReport report, layer.format->check(storage, repair, sink));
+  IMG_TRY(storage.flush());
+  IMG_LET(const uint64_t size, storage.size());
+  if (journal.pieces().empty() && size == journal.image_size()) {
+    file->drop();
+    return report;
+  }
+  IMG_LET(const uint64_t changed, time_of_change(*layer.storage));
+  IMG_TRY(storage.finish(changed));
+  return report;
+}
+
+Result<CheckReport> check_layer(const std::string& path, const OpenOptions& options, Repair repair,
+                                const CheckSink& sink, const std::optional<std::string>& undo_file) {
+  IMG_LET(const Layer layer, open_top(path, options, repair != Repair::none));
+  if (undo_file && repair != Repair::none) return repair_with_undo(layer, repair, sink, *undo_file);
+  IMG_LET(const CheckReport report, layer.format->check(*layer.storage, repair, sink));
+  if (repair != Repair::none) IMG_TRY(layer.storage->flush());
+  return report;
+}
+
+Result<UndoReport> undo_layer(const std::string& path, OpenOptions options, const std::string& undo_file) {
+  options.format = "raw";  // whatever damage is in it
+  IMG_LET(const Layer layer, open_top(path, options, true));
+  auto file = FileStorage::open(undo_file, {.writable = true, .lock = LockRole::writer});
+  if (!file) return fail(file.error().during("undo file {}", undo_file));
+  auto journal = UndoJournal::open(**file);
+  if (!journal) return fail(journal.error().during("undo file {}", undo_file));
+  IMG_LET(const uint64_t changed, time_of_change(*layer.storage));
+  return undo_changes(*layer.storage, *journal, changed);
 }
 
 /// What is at `path` may be replaced: nothing, or a regular file that is not part of the new image's own chain.
@@ -127,7 +170,7 @@ Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_TRY(format->check_create_options(options));
   IMG_TRY(check_target(path, chain));
 
-  IMG_LET(NewFile file, NewFile::open(path));
+  IMG_LET(NewFile file, NewFile::open(path, NewFile::Existing::replaced));
   IMG_TRY(file.storage().resize(0));
   IMG_TRY(format->create(file.storage(), options));
   IMG_TRY(file.keep());
@@ -152,8 +195,12 @@ Result<> create_image(const std::string& path, const CreateOptions& options) {
 }
 
 Result<CheckReport> check_image(const std::string& path, const OpenOptions& options, Repair repair,
-                                const CheckSink& sink) {
-  return named(check_layer(path, options, repair, sink), "check", path);
+                                const CheckSink& sink, const std::optional<std::string>& undo_file) {
+  return named(check_layer(path, options, repair, sink, undo_file), "check", path);
+}
+
+Result<UndoReport> undo_repair(const std::string& path, const OpenOptions& options, const std::string& undo_file) {
+  return named(undo_layer(path, options, undo_file), "undo the repair of", path);
 }
 
 Result<ImageInfo> image_info(const std::string& path, const OpenOptions& options) {

@@ -98,23 +98,35 @@ class Damaged(ImageCase):
         self.assertTrue(raw.read_bytes() == b''.join(Image(image).pieces(self.backing, self.data)))
 
 
-def make_test(kind):
-    def test(self):
-        image = self.damage(kind)
-        before = self.readable(image)
-        self.assert_found_as_by_qemu(image, kind)
-
-        repair = self.check(image, '--repair', 'all')
-
+    def assert_repaired(self, image, kind, repair, before):
         after = self.readable(image)
         self.assert_nothing_lost(before, after)
         if not kind.mended:
-            self.assertEqual(repair.status, 2, str(repair))
-            return
+            return self.assertEqual(repair.status, 2, str(repair))
         self.assertEqual(repair.status, 0, str(repair))
         self.assert_clean(image)
         if None not in after:
             self.assert_whole_disk_readable(image)
+
+    def assert_undone(self, image, undo_file, damaged):
+        undo = attempt(IMGFUSE, 'check', '--undo', undo_file, image)
+        self.assertEqual(undo.status, 0, str(undo))
+        self.assertTrue(image.read_bytes() == damaged, 'the repair was not taken back byte for byte')
+
+
+def make_test(kind):
+    def test(self):
+        image, undo_file = self.damage(kind), self.path('undo')
+        damaged, before = image.read_bytes(), self.readable(image)
+        self.assert_found_as_by_qemu(image, kind)
+
+        repair = self.check(image, '--repair', 'all', '--undo-file', undo_file)
+
+        self.assert_repaired(image, kind, repair, before)
+        if image.read_bytes() == damaged:
+            self.assertFalse(undo_file.exists(), 'an undo file for nothing')
+        else:
+            self.assert_undone(image, undo_file, damaged)
     return test
 
 

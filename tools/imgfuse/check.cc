@@ -1,6 +1,7 @@
 // imgfuse check: is an image whole, and if not, repair it.
 #include <fmt/format.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "command.h"
@@ -65,23 +66,53 @@ void print(std::ostream& out, const CheckReport& report) {
   out << fmt::format("Image end offset: {}\n", report.image_end_offset);
 }
 
+int undo(Io& io, const std::string& image, const OpenOptions& options, const std::string& file, bool json) {
+  const auto report = undo_repair(image, options, file);
+  if (!report) {
+    print_error(io, image, report.error());
+    return kFailure;
+  }
+  if (json) {
+    const nlohmann::ordered_json done = {{"filename", image},
+                                         {"undo-file", file},
+                                         {"pieces-restored", report->pieces},
+                                         {"bytes-restored", report->bytes},
+                                         {"image-size", report->size}};
+    io.out << done.dump(4) << "\n";
+  } else {
+    io.out << fmt::format("Put back {} bytes in {} places; the image has {} bytes, as before the repair.\n",
+                          report->bytes, report->pieces, report->size);
+  }
+  io.out << std::flush;
+  return kSuccess;
+}
+
 }  // namespace
 
 int run_check(Io& io, Arguments args) {
   std::string image;
   OpenOptions options{.read_only = true};
   std::string repair_word;
+  std::optional<std::string> undo_file;
+  std::string undo_from;
   bool json = false;
   CLI::App app(
       "Checks an image and, if asked to, repairs it. Exit status: 0 whole or repaired, 1 could not be checked, "
       "2 corruptions, 3 leaks only, 63 the format has no check.",
       "imgfuse check");
   app.add_option("IMAGE", image)->required();
-  app.add_option("-r,--repair", repair_word, "Repair leaks, or all")->check(CLI::IsMember({"leaks", "all"}));
+  auto* repair_option =
+      app.add_option("-r,--repair", repair_word, "Repair leaks, or all")->check(CLI::IsMember({"leaks", "all"}));
+  app.add_option("--undo-file", undo_file, "Keep in this new file what the repair overwrites")->needs(repair_option);
+  app.add_option("--undo", undo_from, "Take back the repair that made this undo file")->excludes(repair_option);
   add_open_options(app, options);
   add_json_option(app, json);
   if (const auto status = parse(app, io, args)) return *status;
 
+  if (!undo_from.empty()) {
+    options.read_only = false;
+    return undo(io, image, options, undo_from, json);
+  }
   Repair repair = Repair::none;
   if (repair_word == "leaks") repair = Repair::leaks;
   if (repair_word == "all") repair = Repair::all;
@@ -89,16 +120,21 @@ int run_check(Io& io, Arguments args) {
   const auto format = options.format
                           ? Result<std::string>(*options.format)
                           : image_info(image, options).map([](const ImageInfo& info) { return info.format; });
-  const auto report = check_image(image, options, repair,
-                                  [&](const std::string& finding) { (json ? io.err : io.out) << finding << "\n"; });
+  const auto report = check_image(
+      image, options, repair, [&](const std::string& finding) { (json ? io.err : io.out) << finding << "\n"; },
+      undo_file);
   if (!report) {
     print_error(io, image, report.error());
     return report.error().code() == ErrorCode::unsupported ? kNoCheckForFormat : kFailure;
   }
+  const bool can_undo = undo_file && std::filesystem::exists(*undo_file);  // not when nothing was changed
   if (json) {
-    io.out << to_json(image, format.value_or("qcow2"), *report).dump(4) << "\n";
+    auto object = to_json(image, format.value_or("qcow2"), *report);
+    if (can_undo) object["undo-file"] = *undo_file;
+    io.out << object.dump(4) << "\n";
   } else {
     print(io.out, *report);
+    if (can_undo) io.out << fmt::format("To take it back: imgfuse check --undo {} {}\n", *undo_file, image);
   }
   io.out << std::flush;
   return status_of(*report);

@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "bytes.h"
+#include "mendable.h"
 #include "qemu.h"
 #include "samples.h"
 #include "support/builders.h"
-#include "support/crash_storage.h"
 #include "support/fault_storage.h"
 
 using namespace imgfuse;
@@ -18,115 +18,10 @@ namespace {
 
 using S = Sample;
 
-struct Repaired {
-  MemImage image;
-  CheckReport report;
-  std::string findings;
-};
-
-Repaired repaired(const MemImage& image, Repair mode) {
-  MemStorage storage(image);
-  Repaired result;
-  result.report = must(qcow2::check(storage, mode, [&](const std::string& f) { result.findings += f + "\n"; }));
-  result.image = storage.image();
-  return result;
-}
-
-void expect_clean_for_all(const MemImage& image) {
-  CHECK(check_image(image).clean());
-  if (!have_qemu()) return;
-  const QemuCheck qemu = qemu_check(image);
-  INFO(qemu.errors);
-  CHECK(qemu.status == 0);
-}
-
-/// The active mapping without flags: what a repair must not change.
-std::vector<uint64_t> mapping(const MemImage& image) {
-  const uint64_t cluster = uint64_t{1} << peek<uint32_t>(image, 20);
-  const uint64_t l1 = peek<uint64_t>(image, 40);
-  std::vector<uint64_t> entries;
-  for (uint32_t i = 0; i < peek<uint32_t>(image, 36); ++i) {
-    const uint64_t table = peek<uint64_t>(image, l1 + i * 8) & kAddressBits;
-    for (uint64_t k = 0; table != 0 && k < cluster / 8; ++k)
-      if (const uint64_t entry = peek<uint64_t>(image, table + k * 8); entry != 0)
-        entries.push_back(entry & ~kCopiedBit);
-  }
-  return entries;
-}
-
-struct Damage {
-  const char* name;
-  std::function<void(S&)> make;
-  bool changes_mapping = false;  ///< what cannot be followed has to go
-};
-
-/// Damage that a repair of everything puts right.
-const Damage kMendable[] = {
-    {"count too high", [](S& s) { s.set_count(5, 3); }},
-    {"count of the L2 table too high", [](S& s) { s.set_count(4, 2); }},
-    {"count zero", [](S& s) { s.set_count(5, 0); }},
-    {"all counts zero", [](S& s) { s.image.zero(S::kRefcountBlock, S::kCluster); }},
-    {"count of metadata zero", [](S& s) { s.set_count(1, 0); }},
-    {"count too low",
-     [](S& s) {
-       s.set_l2(1, s.l2(0));
-       s.set_l2(2, s.l2(0));
-       s.set_count(5, 2);
-     }},
-    {"COPIED missing", [](S& s) { s.set_l2(0, S::kData); }},
-    {"COPIED missing in L1", [](S& s) { s.set_l1(S::kL2); }},
-    {"COPIED on a shared cluster",
-     [](S& s) {
-       s.set_l2(2, s.l2(0));
-       s.set_count(5, 2);
-     }},
-    {"two guest clusters on one host cluster", [](S& s) { s.set_l2(1, s.l2(0)); }},
-    {"compressed with COPIED", [](S& s) { s.set_l2(0, kCompressedBit | kCopiedBit | S::kData); }},
-    {"compressed over data", [](S& s) { s.set_l2(2, kCompressedBit | S::kData); }},
-    {"unaligned zero cluster", [](S& s) { s.set_l2(0, s.l2(0) | 0x201); }, true},
-    {"reserved bits", [](S& s) { s.set_l2(0, s.l2(0) | 2); }, true},
-    {"unaligned", [](S& s) { s.set_l2(0, s.l2(0) | 0x200); }, true},
-    {"unaligned, in another one's cluster", [](S& s) { s.set_l2(2, s.l2(0) | 0x200); }, true},
-    {"past the end of the file", [](S& s) { s.set_l2(0, 0x10000000); }, true},
-    {"compressed past the end of the file", [](S& s) { s.set_l2(2, kCompressedBit | 0x10000000); }, true},
-    {"L1 reserved bits", [](S& s) { s.set_l1(s.l1() | 1); }},
-    {"L1 unaligned", [](S& s) { s.set_l1(s.l1() | 0x200); }, true},
-    {"L1 unaligned, without a table before it", [](S& s) { s.set_l1(0x90200); }, true},
-    {"L1 past the end of the file", [](S& s) { s.set_l1(0x10000000); }, true},
-    {"the file's end lost", [](S& s) { s.image.resize(S::kEnd - 2 * S::kCluster); }, true},
-    {"points at a refcount block", [](S& s) { s.set_l2(0, S::kRefcountBlock | kCopiedBit); }},
-    {"points at the refcount table",
-     [](S& s) {
-       s.set_l2(0, S::kRefcountTable | kCopiedBit);
-       poke<uint64_t>(s.image, S::kRefcountTable, 0);
-     }},
-    {"refcount table entry with reserved bits", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable, 0x20001); }},
-    {"refcount table entry unaligned", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable, 0x20200); }},
-    {"refcount block missing", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable, 0); }},
-    {"refcount block past the end of the file", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable, 0x10000000); }},
-    {"refcount block twice", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable + 8, 0x20000); }},
-    {"refcount block in data", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable + 8, S::kData); }},
-    {"refcount block is the L1 table", [](S& s) { poke<uint64_t>(s.image, S::kRefcountTable, S::kL1); }},
-    {"no refcount table", [](S& s) { poke<uint32_t>(s.image, 56, 0); }},
-    {"refcount table over the header", [](S& s) { poke<uint64_t>(s.image, 48, 0); }},
-    {"refcount table on the L1 table", [](S& s) { poke<uint64_t>(s.image, 48, S::kL1); }},
-    {"refcount table past the end of the file", [](S& s) { poke<uint64_t>(s.image, 48, 0x40000000); }},
-    {"refcount table cut off by the end of the file", [](S& s) { poke<uint32_t>(s.image, 56, 100); }},
-    {"refcount table full of noise", [](S& s) { s.image.write(S::kRefcountTable, pattern(S::kCluster)); }},
-    {"refcount block full of noise", [](S& s) { s.image.write(S::kRefcountBlock, pattern(S::kCluster)); }},
-    {"dirty, with stale counts",
-     [](S& s) {
-       poke<uint64_t>(s.image, 72, 1);
-       s.set_count(6, 0);
-       s.set_count(7, 9);
-     }},
-    {"marked corrupt", [](S& s) { poke<uint64_t>(s.image, 72, 3); }},
-};
-
 }  // namespace
 
 TEST_CASE("qcow2 repair: a repair of everything makes the image clean, for qemu-img too, and keeps the mapping") {
-  for (const Damage& damage : kMendable) {
+  for (const Damage& damage : mendable()) {
     CAPTURE(std::string(damage.name));
     S sample;
     damage.make(sample);
@@ -136,7 +31,7 @@ TEST_CASE("qcow2 repair: a repair of everything makes the image clean, for qemu-
     INFO(after.findings);
     CHECK(after.report.clean());
     if (!damage.changes_mapping) CHECK(mapping(after.image) == mapping(sample.image));
-    CHECK(peek<uint64_t>(after.image, 72) == 0);  // neither dirty nor corrupt
+    CHECK((peek<uint64_t>(after.image, 72) & 3) == 0);  // neither dirty nor corrupt
     expect_clean_for_all(after.image);
   }
 }
@@ -350,49 +245,6 @@ TEST_CASE("qcow2 repair: more references than the width can hold are left as cor
 
   CHECK(after.report.corruptions > 0);
   CHECK(after.findings.find("left: cluster 5: refcount 1, references 2") != std::string::npos);
-}
-
-TEST_CASE("qcow2 repair: no crash makes it worse, and a second repair finishes it") {
-  for (const Damage& damage : kMendable) {
-    CAPTURE(std::string(damage.name));
-    CAPTURE(base_seed());
-    S sample;
-    damage.make(sample);
-    const MemImage whole = repaired(sample.image, Repair::all).image;
-    Rng rng(base_seed());
-    CrashStorage storage(sample.image);
-    storage.set_observer([&] {
-      for (const CrashMode mode : kCrashModes) {
-        const MemImage left = storage.crash(mode, rng);
-        // Nothing is believed clean that is not.
-        const bool was_marked = peek<uint64_t>(sample.image, 72) != 0;
-        if (was_marked && peek<uint64_t>(left, 72) == 0) CHECK(check_image(left).clean());
-
-        const Repaired again = repaired(left, Repair::all);
-        CHECK(again.report.clean());
-        CHECK(mapping(again.image) == mapping(whole));
-      }
-    });
-    must(qcow2::check(storage, Repair::all, {}));
-  }
-}
-
-TEST_CASE("qcow2 repair: a failing host call is an error, and a later repair finishes") {
-  for (const Damage& damage : kMendable) {
-    CAPTURE(std::string(damage.name));
-    S sample;
-    damage.make(sample);
-    for (uint64_t n = 1;; ++n) {
-      auto memory = std::make_shared<MemStorage>(sample.image);
-      FaultStorage storage(memory);
-      storage.fail_call(n, ErrorCode::io,
-                        {.calls = Call::write | Call::flush | Call::zero | Call::resize, .torn = true});
-      const auto result = qcow2::check(storage, Repair::all, {});
-      if (!storage.fired()) break;
-      CHECK_FALSE(result);
-      CHECK(repaired(memory->image(), Repair::all).report.clean());
-    }
-  }
 }
 
 TEST_CASE("qcow2 repair: on a device the new structures stay inside it") {
