@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "imgfuse/bitmaps.h"
 #include "imgfuse/error.h"
 #include "imgfuse/open.h"
 
@@ -67,6 +68,7 @@ struct Qcow2Info {
   bool lazy_refcounts = false;
   bool corrupt = false;
   bool extended_l2 = false;
+  std::vector<BitmapInfo> bitmaps;  ///< none where the image does not say that they are valid
 };
 
 struct ImageInfo {

@@ -30,13 +30,18 @@ Result<CheckReport> check_raw(Storage&, Repair, const CheckSink&) {
   return fail(ErrorCode::unsupported, "a raw image has nothing that could be checked");
 }
 
+Result<> amend_raw(std::shared_ptr<Storage>, const AmendOptions&, BackingOpener) {
+  return fail(ErrorCode::unsupported, "a raw image has no options to change");
+}
+
 Result<> change_backing_of_raw(Storage&, const std::string&, const std::optional<std::string>&) {
   return fail(ErrorCode::unsupported, "a raw image has no backing file");
 }
 
 constexpr std::array kFormats = {
-    Format{"raw", open_raw, raw::check_create_options, raw::create, check_raw, raw::info, change_backing_of_raw},
-    Format{"qcow2", open_qcow2, qcow2::check_create_options, qcow2::create, qcow2::check, qcow2::info,
+    Format{"raw", open_raw, raw::check_create_options, raw::create, check_raw, raw::info, amend_raw,
+           change_backing_of_raw},
+    Format{"qcow2", open_qcow2, qcow2::check_create_options, qcow2::create, qcow2::check, qcow2::info, qcow2::amend,
            qcow2::change_backing},
 };
 

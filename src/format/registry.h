@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "imgfuse/amend.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
 #include "imgfuse/disk.h"
@@ -36,6 +37,7 @@ struct Format {
   Result<> (*create)(Storage&, const CreateOptions&);
   Result<CheckReport> (*check)(Storage&, Repair, const CheckSink&);
   Result<ImageInfo> (*info)(Storage&);
+  Result<> (*amend)(std::shared_ptr<Storage>, const AmendOptions&, BackingOpener);
   Result<> (*change_backing)(Storage&, const std::string& name, const std::optional<std::string>& format);
 };
 

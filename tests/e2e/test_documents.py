@@ -7,8 +7,8 @@ from pathlib import Path
 from harness import IMGFUSE, ROOT, ImageCase, attempt, run
 
 MAN = ROOT / 'packaging/man'
-COMMANDS = ('mount', 'umount', 'create', 'snapshot', 'info', 'map', 'check', 'convert', 'compare', 'measure',
-            'resize', 'commit', 'rebase')
+COMMANDS = ('mount', 'umount', 'create', 'snapshot', 'bitmap', 'amend', 'info', 'map', 'check', 'convert', 'compare',
+            'measure', 'resize', 'commit', 'rebase')
 
 
 def plain(page):

@@ -27,6 +27,8 @@ int run_mount_helper(Io& io, Arguments args);
 int run_umount(Io& io, Arguments args);
 int run_create(Io& io, Arguments args);
 int run_snapshot(Io& io, Arguments args);
+int run_bitmap(Io& io, Arguments args);
+int run_amend(Io& io, Arguments args);
 int run_info(Io& io, Arguments args);
 int run_map(Io& io, Arguments args);
 int run_check(Io& io, Arguments args);

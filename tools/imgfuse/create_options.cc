@@ -5,12 +5,6 @@
 namespace imgfuse::tool {
 namespace {
 
-Result<bool> parse_switch(std::string_view name, std::string_view text) {
-  if (text == "on" || text == "true") return true;
-  if (text == "off" || text == "false") return false;
-  return fail(ErrorCode::invalid, "{} is \"{}\"; it can be on or off", name, text);
-}
-
 Result<uint32_t> parse_small_size(std::string_view name, std::string_view text) {
   IMG_LET(const uint64_t size, parse_size(text));
   if (size > UINT32_MAX) return fail(ErrorCode::invalid, "{} {} is too large", name, text);
@@ -39,6 +33,12 @@ const char* const kCreateOptionList =
     "  data_file=FILE       file that the disk's data lies in\n"
     "  data_file_raw=on     the data file alone equals the disk (off)\n"
     "  preallocation=MODE   off, metadata, falloc or full (off)\n";
+
+Result<bool> parse_switch(std::string_view name, std::string_view text) {
+  if (text == "on" || text == "true") return true;
+  if (text == "off" || text == "false") return false;
+  return fail(ErrorCode::invalid, "{} is \"{}\"; it can be on or off", name, text);
+}
 
 Result<Preallocation> parse_preallocation(std::string_view text) {
   if (text == "off") return Preallocation::off;
@@ -79,13 +79,14 @@ Result<> set_create_option(CreateOptions& options, std::string_view key, const s
   return {};
 }
 
-Result<> set_create_options(CreateOptions& options, const std::string& list) {
+Result<> for_each_option(const std::string& list,
+                         const std::function<Result<>(const std::string& key, const std::string& value)>& set) {
   std::string item;
   const auto set_item = [&]() -> Result<> {
     const size_t equals = item.find('=');
     if (equals == std::string::npos)
       return fail(ErrorCode::invalid, "option \"{}\" has no value; write {}=VALUE", item, item);
-    return set_create_option(options, item.substr(0, equals), item.substr(equals + 1));
+    return set(item.substr(0, equals), item.substr(equals + 1));
   };
   for (size_t at = 0; at < list.size(); ++at) {
     if (list[at] != ',') {
@@ -98,6 +99,11 @@ Result<> set_create_options(CreateOptions& options, const std::string& list) {
     }
   }
   return item.empty() ? Result<>{} : set_item();
+}
+
+Result<> set_create_options(CreateOptions& options, const std::string& list) {
+  return for_each_option(
+      list, [&](const std::string& key, const std::string& value) { return set_create_option(options, key, value); });
 }
 
 }  // namespace imgfuse::tool

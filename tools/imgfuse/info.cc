@@ -12,6 +12,13 @@ namespace {
 
 using control::Json;
 
+Json to_json(const BitmapInfo& bitmap) {
+  Json flags = Json::array();
+  if (bitmap.in_use) flags.push_back("in-use");
+  if (bitmap.recording) flags.push_back("auto");
+  return {{"flags", flags}, {"name", bitmap.name}, {"granularity", bitmap.granularity}};
+}
+
 Json to_json(const Qcow2Info& qcow2) {
   Json data = {
       {"compat", qcow2.compat}, {"compression-type", qcow2.compression_type}, {"refcount-bits", qcow2.refcount_bits}};
@@ -20,6 +27,7 @@ Json to_json(const Qcow2Info& qcow2) {
     data["corrupt"] = qcow2.corrupt;
     data["extended-l2"] = qcow2.extended_l2;
   }
+  for (const BitmapInfo& bitmap : qcow2.bitmaps) data["bitmaps"].push_back(to_json(bitmap));
   return {{"type", "qcow2"}, {"data", data}};
 }
 
@@ -45,6 +53,10 @@ void print_qcow2(std::ostream& out, const Qcow2Info& qcow2) {
   if (qcow2.compat == "0.10") return;
   out << fmt::format("    lazy refcounts: {}\n    corrupt: {}\n    extended l2: {}\n", qcow2.lazy_refcounts,
                      qcow2.corrupt, qcow2.extended_l2);
+  if (!qcow2.bitmaps.empty()) out << "    bitmaps:\n";
+  for (const BitmapInfo& bitmap : qcow2.bitmaps)
+    out << fmt::format("        {} (granularity {}{}{})\n", bitmap.name, human_size(bitmap.granularity),
+                       bitmap.recording ? ", auto" : "", bitmap.in_use ? ", in use" : "");
 }
 
 void print(std::ostream& out, const ImageInfo& image) {

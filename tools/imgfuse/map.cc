@@ -8,6 +8,7 @@
 #include "command.h"
 #include "imgfuse/check.h"
 #include "imgfuse/open.h"
+#include "target.h"
 #include "text.h"
 
 namespace imgfuse::tool {
@@ -76,18 +77,59 @@ Result<> map(Io& io, const std::string& image, const OpenOptions& options, bool 
   return disk->close();
 }
 
+/// What a dirty bitmap says. The image may be mounted.
+Result<> changed_since(Io& io, const std::string& image, const OpenOptions& options, const std::string& bitmap,
+                       bool json) {
+  IMG_LET(Target target, Target::open(image, options));
+  std::optional<GuestRange> open;  // answers come in parts, and a range may go on in the next one
+  const char* before = "[";
+  const auto print = [&] {
+    if (!open) return;
+    if (json) {
+      io.out << fmt::format("{}{{ \"start\": {}, \"length\": {}}}", before, open->begin.bytes(), open->length);
+      before = ",\n";
+    } else {
+      io.out << fmt::format("{:<#16x}{:<#16x}\n", open->begin.bytes(), open->length);
+    }
+  };
+  if (!json) io.out << fmt::format("{:<16}{:<16}\n", "Offset", "Length");
+  for (uint64_t start = 0;;) {
+    IMG_LET(const control::Json answer, target.run("changed-since", {{"name", bitmap}, {"start", start}}));
+    for (const control::Json& range : answer.at("ranges")) {
+      const GuestRange next{GuestOffset(range.at("start").get<uint64_t>()), range.at("length").get<uint64_t>()};
+      if (open && open->end() == next.begin) {
+        open->length += next.length;
+        continue;
+      }
+      print();
+      open = next;
+    }
+    const uint64_t end = answer.at("end").get<uint64_t>();
+    if (end >= answer.at("virtual-size").get<uint64_t>() || end <= start) break;
+    start = end;
+  }
+  print();
+  if (json) io.out << (open ? "]\n" : "[]\n");
+  io.out << std::flush;
+  return target.close();
+}
+
 }  // namespace
 
 int run_map(Io& io, Arguments args) {
   std::string image;
   OpenOptions options{.read_only = true};
   bool json = false;
+  std::string bitmap;
   CLI::App app("Lists which parts of the disk hold data, in which file of the chain, and where.", "imgfuse map");
   app.add_option("IMAGE", image)->required();
+  app.add_option("--changed-since", bitmap, "What changed since this dirty bitmap was added or cleared")
+      ->type_name("BITMAP");
   add_open_options(app, options);
   add_json_option(app, json);
   if (const auto status = parse(app, io, args)) return *status;
-  if (const auto mapped = map(io, image, options, json); !mapped) {
+  const auto mapped = bitmap.empty() ? map(io, image, options, json) : changed_since(io, image, options, bitmap, json);
+  if (!mapped) {
     io.out << std::flush;
     print_error(io, image, mapped.error());
     return kFailure;

@@ -1,8 +1,26 @@
+#include "format/qcow2/bitmap_directory.h"
 #include "format/qcow2/header.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qcow2/snapshot_table.h"
 
 namespace imgfuse::qcow2 {
+
+namespace {
+
+/// A directory that makes no sense is a matter for a check, not for this.
+std::vector<BitmapInfo> bitmaps_of(Storage& storage, const Header& header) {
+  std::vector<BitmapInfo> bitmaps;
+  const auto directory = read_bitmap_directory(storage, header);
+  if (!directory || !*directory) return bitmaps;
+  for (const BitmapEntry& bitmap : (*directory)->bitmaps)
+    bitmaps.push_back({.name = bitmap.name,
+                       .granularity = bitmap.granularity(),
+                       .in_use = (bitmap.flags & kBitmapInUse) != 0,
+                       .recording = (bitmap.flags & kBitmapAuto) != 0});
+  return bitmaps;
+}
+
+}  // namespace
 
 Result<ImageInfo> info(Storage& storage) {
   IMG_LET(Header header, read_header(storage, Purpose::info));
@@ -15,6 +33,8 @@ Result<ImageInfo> info(Storage& storage) {
   own.lazy_refcounts = (header.compatible & kLazyRefcounts) != 0;
   own.corrupt = (header.incompatible & kCorrupt) != 0;
   own.extended_l2 = (header.incompatible & kExtendedL2) != 0;
+
+  own.bitmaps = bitmaps_of(storage, header);
 
   ImageInfo image;
   image.format = "qcow2";

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "imgfuse/amend.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
 #include "imgfuse/disk.h"
@@ -42,6 +43,9 @@ Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink
 
 /// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
 Result<ImageInfo> info(Storage& storage);
+
+/// Changes what imgfuse/amend.h says. The storage is this image's alone.
+Result<> amend(std::shared_ptr<Storage> storage, const AmendOptions& options, BackingOpener open_backing);
 
 /// Records another backing file, or none if `name` is empty (imgfuse/amend.h).
 Result<> change_backing(Storage& storage, const std::string& name, const std::optional<std::string>& format);
