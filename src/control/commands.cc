@@ -201,7 +201,7 @@ Result<Json> Commands::changed_since(Arguments& arguments) {
   const uint64_t size = disk_.size();
   if (start > size) return fail(ErrorCode::invalid, "start {} is behind the end of the disk ({})", start, size);
   const uint64_t length = std::min(size - start, granularity * kMaxGranules);
-  IMG_TRY(presenter_.settle());
+  if (start == 0) IMG_TRY(presenter_.settle());
   Json ranges = Json::array();
   if (length > 0) {
     IMG_LET(const auto changed, disk_.bitmaps()->changed(name, {GuestOffset(start), length}));

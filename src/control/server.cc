@@ -93,20 +93,22 @@ void Server::tell_closed(const Result<>& closed) {
 
 void Server::run() {
   while (!ending_) {
-    wait();
-    drop_late_clients();
+    drop_late_clients(wait());
     restore_socket();
   }
 }
 
-void Server::wait() {
+/// Serves what there is to serve, and returns when it began: who was late then has had his turn.
+Server::Clock::time_point Server::wait() {
   const bool room = connections_.size() < kMaxConnections;
   std::vector<pollfd> sources = {{wake_.get(), POLLIN, 0}, {room ? socket_.get() : -1, POLLIN, 0}};
   for (const Connection& connection : connections_)
     sources.push_back({connection.socket.get(), static_cast<short>(connection.out.empty() ? POLLIN : POLLOUT), 0});
   const bool somebody_is_due = std::any_of(connections_.begin(), connections_.end(), std::mem_fn(&Connection::is_due));
   const auto timeout = somebody_is_due ? kTick : std::chrono::milliseconds(kSocketCheck);
-  if (::poll(sources.data(), sources.size(), static_cast<int>(timeout.count())) <= 0 || ending_) return;
+  const int ready = ::poll(sources.data(), sources.size(), static_cast<int>(timeout.count()));
+  const auto awake = Clock::now();
+  if (ready <= 0 || ending_) return awake;
 
   size_t next = 2;
   for (auto at = connections_.begin(); at != connections_.end() && !ending_; ++next) {
@@ -114,6 +116,7 @@ void Server::wait() {
     at = at->hung_up ? connections_.erase(at) : std::next(at);
   }
   if (sources[1].revents != 0) accept_client();
+  return awake;
 }
 
 void Server::accept_client() {
@@ -178,8 +181,7 @@ void Server::answer(Connection& connection, std::string_view line) {
   send_some(connection.socket, connection.out);
 }
 
-void Server::drop_late_clients() {
-  const auto now = Clock::now();
+void Server::drop_late_clients(Clock::time_point now) {
   connections_.remove_if([now](const Connection& connection) {
     return connection.is_due() && now - connection.last_progress > kPatience;
   });

@@ -51,13 +51,13 @@ class Server {
 
   Server(dev_t device, std::string path, UniqueFd socket);
   void run();
-  void wait();
+  Clock::time_point wait();
   void accept_client();
   void serve(Connection& connection, short events);
   void receive(Connection& connection);
   void answer_lines(Connection& connection);
   void answer(Connection& connection, std::string_view line);
-  void drop_late_clients();
+  void drop_late_clients(Clock::time_point now);
   void restore_socket();
 
   const dev_t device_;
