@@ -566,6 +566,23 @@ class Bitmaps(SnapshotCase):
                 self.assertEqual(self.changed(self.control(mount), 'b'), [(2 * MiB, 4096)])
                 mount.unmount()
 
+    def test_the_subcommands_reach_a_mounted_disk(self):
+        image = self.qcow2(size='1G')
+        mount = self.mount(image)
+        imgfuse('bitmap', 'add', '-g', '512', mount.point, 'b')
+        step = 512 * 32768  # what one answer covers: a range that goes on in the next one is one range
+        self.write(mount, step - 4096, b'x' * 8192)
+        for name in (mount.point, image):
+            self.assertEqual(imgfuse_json('map', '--json', '--changed-since', 'b', name),
+                             [{'start': step - 4096, 'length': 8192}])
+        imgfuse('bitmap', 'clear', image, 'b')
+        self.assertEqual(imgfuse_json('map', '--json', '--changed-since', 'b', mount.point), [])
+        self.assertEqual([b['name'] for b in imgfuse_json('bitmap', 'list', '--json', mount.point)], ['b'])
+        self.assertEqual(attempt(IMGFUSE, 'bitmap', 'remove', mount.point, 'c').status, 1)
+        imgfuse('bitmap', 'remove', mount.point, 'b')
+        mount.unmount()
+        self.assert_clean(image)
+
     def test_recording_beside_writers_misses_nothing(self):
         image = self.qcow2(size='64M')
         mount = self.mount(image)
