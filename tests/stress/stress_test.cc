@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "base/mutex.h"
+#include "imgfuse/snapshots.h"
 #include "support/builders.h"
 #include "support/order_storage.h"
 #include "support/qcow2_view.h"
@@ -77,6 +78,18 @@ class Stress {
     CHECK(failure() == "");
   }
 
+  /// As run(), with another thread that makes snapshots, sees that they stay as they are, and removes them.
+  void run_beside_snapshots(uint64_t requests) {
+    std::atomic<bool> done = false;
+    std::thread snapshots([&] {
+      while (!done && !failed_) keep_a_snapshot();
+    });
+    run(requests);
+    done = true;
+    snapshots.join();
+    CHECK(failure() == "");
+  }
+
   void finish() {
     for (uint64_t sector = 0; sector < 2 * zone_sectors() && !failed_; ++sector) verify_owned(sector);
     must(disk_->close());
@@ -88,6 +101,21 @@ class Stress {
   }
 
  private:
+  void keep_a_snapshot() {
+    Snapshots& snapshots = *disk_->snapshots();
+    const auto made = snapshots.create("one");
+    if (!made) return fail_with("create: " + made.error().text());
+    auto then = snapshots.open(made->id);
+    if (!then) return fail_with("open: " + then.error().text());
+    std::vector<std::byte> first(spec_.size), again(spec_.size);
+    require((*then)->read(GuestOffset(0), first), "read a snapshot");
+    std::this_thread::yield();
+    require((*then)->read(GuestOffset(0), again), "read a snapshot again");
+    if (first != again) fail_with("a snapshot has changed");
+    require((*then)->close(), "close a snapshot");
+    require(snapshots.remove(made->id), "remove");
+  }
+
   struct Written {
     uint64_t writer = 0;
     uint64_t generation = 0;  // 0 of a writer below kThreads: zeros
@@ -238,6 +266,16 @@ void stress(const Qcow2Spec& spec, bool with_backing) {
     Stress stress(spec, watched, with_backing);
     const uint64_t requests = from_environment("IMG_RUNS", 4000);
     stress.run(watched ? requests / 4 : requests);
+    stress.finish();
+  }
+}
+
+TEST_CASE("qcow2: snapshots come and go beside threads that write") {
+  for (const bool watched : {false, true}) {
+    INFO("IMG_SEED=" << base_seed() << (watched ? ", order watched" : ""));
+    Stress stress({.size = 3_MiB, .cluster_size = 4096}, watched, true);
+    const uint64_t requests = from_environment("IMG_RUNS", 4000);
+    stress.run_beside_snapshots(watched ? requests / 4 : requests);
     stress.finish();
   }
 }

@@ -190,9 +190,11 @@ Result<> TreeChange::check_counts() {
   const uint64_t first_block = window_.first() >> block_bits_;
   const uint64_t end_block = divide_up(window_.end(), g.refcounts_per_block);
   const auto end_of = [&](uint64_t block) { return std::min((block + 1) << block_bits_, window_.end()); };
-  for (uint64_t block = first_block; block < end_block; ++block)
+  for (uint64_t block = first_block; block < end_block; ++block) {
+    if (blocks_[block] == 0) continue;
     for (uint64_t c = block << block_bits_; c < end_of(block) && !touched_[block]; ++c)
       if (window_.sum(c) != 0) touched_[block] = true;
+  }
 
   return for_each_cluster(
       image_.storage, g.cluster_size, first_block, end_block, Holes::show,
