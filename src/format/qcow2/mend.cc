@@ -133,6 +133,8 @@ bool Mender::mend_l1_entry(be<uint64_t>& raw, bool active) const {
 
 /// However often snapshots' tables overlap, each is visited once.
 Result<> Mender::mend_l1_tables() {
+  // What an entry is mended to is a change of the disk that no bitmap has recorded.
+  if (all_ && survey_.mendable_entries > 0 && (header_.autoclear & kBitmaps)) IMG_TRY(drop_bitmaps());
   const HostRange active{header_.l1_offset, uint64_t{header_.l1_entries} * 8};
   for (const Stretch& stretch : overlay(l1_tables())) {
     if (overlaps(stretch.range)) continue;

@@ -381,6 +381,18 @@ TEST_CASE("bitmaps: unknown autoclear bits go, this one stays") {
   (void)closed(disk);
 }
 
+TEST_CASE("bitmaps: a repair that changes what the disk holds gives them up") {
+  MemImage image = with_bitmap();
+  const uint64_t l2 = peek<uint64_t>(image, peek<uint64_t>(image, 40)) & kAddressBits;
+  poke<uint64_t>(image, l2 + 16 * 8, peek<uint64_t>(image, l2 + 16 * 8) + 512);
+  MemStorage storage(image);
+
+  const CheckReport report = must(qcow2::check(storage, Repair::all, {}));
+
+  CHECK(report.corruptions == 0);
+  CHECK((peek<uint64_t>(storage.image(), kAutoclear) & 1) == 0);
+}
+
 TEST_CASE("bitmaps: QEMU's bitmaps are kept, and QEMU reads ours") {
   if (!have_qemu()) return;
   const MemImage theirs =
