@@ -21,6 +21,7 @@ Result<std::unique_ptr<Disk>> open_raw(std::shared_ptr<Storage> storage, FormatO
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
   return qcow2::open(std::move(storage), {.read_only = parameters.read_only,
                                           .metadata_cache = parameters.metadata_cache,
+                                          .compressed_cache = std::move(parameters.compressed_cache),
                                           .snapshot = std::move(parameters.snapshot),
                                           .compress = std::move(parameters.compress),
                                           .open_backing = std::move(parameters.open_backing)});

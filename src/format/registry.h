@@ -16,16 +16,19 @@
 
 namespace imgfuse {
 
+class ClusterCache;
+
 /// Opens a file that an image names as its backing file, read-only. Called during open only.
 using BackingOpener =
     std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
 
 struct FormatOpenParameters {
   bool read_only = false;
-  bool probed = false;                  ///< the format was guessed
-  uint64_t metadata_cache = 0;          ///< bytes
-  std::optional<std::string> snapshot;  ///< open this internal snapshot; read-only
-  std::optional<std::string> compress;  ///< OpenOptions::compress, for the top image
+  bool probed = false;                             ///< the format was guessed
+  uint64_t metadata_cache = 0;                     ///< bytes
+  std::shared_ptr<ClusterCache> compressed_cache;  ///< one for the whole chain; may be null
+  std::optional<std::string> snapshot;             ///< open this internal snapshot; read-only
+  std::optional<std::string> compress;             ///< OpenOptions::compress, for the top image
   BackingOpener open_backing;
 };
 

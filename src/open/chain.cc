@@ -117,6 +117,7 @@ Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_onl
   parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
     return open_backing(layer.path, name, format);
   };
+  parameters.compressed_cache = compressed_cache_;
   if (!read_only) parameters.compress = options_.compress;
   return layer.format->open(layer.storage, std::move(parameters));
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cluster_cache.h"
 #include "format/registry.h"
 #include "imgfuse/open.h"
 #include "open/path_policy.h"
@@ -49,7 +50,9 @@ class Chain {
                                              const std::optional<std::string>& format);
 
  private:
-  Chain(PathPolicy policy, const OpenOptions& options) : policy_(std::move(policy)), options_(options) {}
+  Chain(PathPolicy policy, const OpenOptions& options) : policy_(std::move(policy)), options_(options) {
+    if (options.compressed_cache > 0) compressed_cache_ = std::make_shared<ClusterCache>(options.compressed_cache);
+  }
 
   Result<const Format*> recorded_format(const std::optional<std::string>& format) const;
   Result<bool> is_end(const std::string& naming_path, const std::string& name);
@@ -58,8 +61,9 @@ class Chain {
 
   PathPolicy policy_;
   OpenOptions options_;
-  std::vector<FileId> files_;  // top first
-  std::optional<FileId> end_;  // where the chain stops
+  std::shared_ptr<ClusterCache> compressed_cache_;  // the disks share it
+  std::vector<FileId> files_;                       // top first
+  std::optional<FileId> end_;                       // where the chain stops
   bool end_reached_ = false;
   bool located_ = false;  // an error has been told apart by its file
 };

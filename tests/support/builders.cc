@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "core/cluster_cache.h"
 #include "format/raw/raw.h"
 #include "support/order_storage.h"
 
@@ -32,6 +33,7 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
   parameters.read_only = spec.read_only;
   parameters.metadata_cache = spec.metadata_cache;
   parameters.compress = spec.compress;
+  if (spec.compressed_cache > 0) parameters.compressed_cache = std::make_shared<ClusterCache>(spec.compressed_cache);
   parameters.open_backing = [backing = spec.backing](const std::string&, const std::optional<std::string>&) {
     return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
   };

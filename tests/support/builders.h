@@ -33,6 +33,7 @@ struct OpenSpec {
   uint64_t metadata_cache = 1_MiB;
   MemImage backing;  ///< what every backing file reads as
   std::optional<std::string> compress;
+  uint64_t compressed_cache = 256_KiB;  ///< small, so that clusters leave it
 };
 
 /// qcow2::open with a raw backing disk.

@@ -61,8 +61,8 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     open.force_share = true;
     return true;
   }
-  static constexpr std::array<std::string_view, 7> kWithValue = {
-      "format", "backing_format", "allow_path", "cache", "metadata_cache", "compress", "snapshot"};
+  static constexpr std::array<std::string_view, 8> kWithValue = {
+      "format", "backing_format", "allow_path", "cache", "metadata_cache", "compress", "compressed_cache", "snapshot"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
@@ -72,6 +72,9 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
   if (key == "compress") open.compress = value;
   if (key == "cache") {
     IMG_LET(open.cache, parse_cache_mode(value));
+  }
+  if (key == "compressed_cache") {
+    IMG_LET(open.compressed_cache, parse_size(value));
   }
   if (key == "metadata_cache") {
     IMG_LET(open.metadata_cache, parse_cache_size(value));
@@ -205,13 +208,22 @@ void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::st
          },
          "Memory for the image's tables (default 32M)")
       ->type_name("SIZE");
+  app.add_option_function<std::string>(
+         "--compressed-cache",
+         [&](const std::string& text) {
+           const auto size = parse_size(text);
+           if (!size) throw CLI::ValidationError("--compressed-cache", size.error().text());
+           request.open.compressed_cache = *size;
+         },
+         "Memory for decompressed clusters (default 16M, 0: none)")
+      ->type_name("SIZE");
 }
 
 constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
     "  format= backing_format= cache= metadata_cache= allow_path= force_share\n"
-    "  compress= snapshot=.\n"
+    "  compress= compressed_cache= snapshot=.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 

@@ -143,6 +143,7 @@ void Allocator::lower(const Refcounts::Slice& slice, uint64_t cluster) {
   if (count > 1) return;
   lowest_free_ = std::min(lowest_free_, cluster);
   fresh_from_ = std::max(fresh_from_, cluster + 1);  // also where a foreign entry pointed past the file's end
+  image_.inflated.drop({image_.geometry.host_of(cluster), image_.geometry.cluster_size});
   if (image_.geometry.cluster_of(image_.next_packed) == cluster) image_.next_packed = HostOffset(0);
 }
 

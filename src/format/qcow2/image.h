@@ -11,6 +11,7 @@
 
 #include "base/math.h"
 #include "base/mutex.h"
+#include "core/cluster_cache.h"
 #include "core/table_cache.h"
 #include "format/qcow2/header.h"
 #include "imgfuse/storage.h"
@@ -116,13 +117,18 @@ class KnownMetadata {
 /// The shared state. `mutex` (rank 5) guards the content of all cached tables, `known`, and what Map, Refcounts and
 /// Allocator keep in memory; it is never held during I/O.
 struct Image {
-  Image(Storage& image_storage, const Header& header, uint64_t metadata_cache)
-      : storage(image_storage), geometry(header), tables(image_storage, geometry.slice_bytes, metadata_cache) {}
+  Image(Storage& image_storage, const Header& header, uint64_t metadata_cache, std::shared_ptr<ClusterCache> clusters)
+      : storage(image_storage),
+        geometry(header),
+        tables(image_storage, geometry.slice_bytes, metadata_cache),
+        inflated(std::move(clusters)) {}
 
   Storage& storage;
   const Geometry geometry;
   TableCache tables;
   SharedMutex mutex{LockRank::metadata};
+  /// What compressed clusters inflate to. Their host clusters are dropped here when they become free.
+  const ClusterCache::Part inflated;
   KnownMetadata known GUARDED_BY(mutex);
   /// Where the next compressed stream may begin, in a host cluster that holds others already. 0: nowhere.
   HostOffset next_packed GUARDED_BY(mutex);

@@ -12,6 +12,10 @@
 #include "imgfuse/disk.h"
 #include "imgfuse/storage.h"
 
+namespace imgfuse {
+class ClusterCache;
+}
+
 namespace imgfuse::qcow2 {
 
 /// Opens a file that the image names as its backing file, read-only.
@@ -20,11 +24,12 @@ using BackingOpener =
 
 struct OpenParameters {
   bool read_only = false;
-  uint64_t metadata_cache = uint64_t{32} << 20;  ///< bytes
-  std::optional<std::string> snapshot;           ///< id or name: what is opened is this snapshot; read-only
-  std::shared_ptr<const void> hold;              ///< let go of when the disk is closed
-  std::optional<std::string> compress;           ///< as OpenOptions::compress
-  BackingOpener open_backing;                    ///< called at most once, if a backing file is named; may give null
+  uint64_t metadata_cache = uint64_t{32} << 20;    ///< bytes
+  std::shared_ptr<ClusterCache> compressed_cache;  ///< for what compressed clusters inflate to; may be null
+  std::optional<std::string> snapshot;             ///< id or name: what is opened is this snapshot; read-only
+  std::shared_ptr<const void> hold;                ///< let go of when the disk is closed
+  std::optional<std::string> compress;             ///< as OpenOptions::compress
+  BackingOpener open_backing;                      ///< called at most once, if a backing file is named; may give null
 };
 
 bool probe(ConstBytes first_bytes);

@@ -7,7 +7,6 @@
 #include "base/buffer.h"
 #include "base/endian.h"
 #include "base/log.h"
-#include "core/codec.h"
 
 namespace imgfuse::qcow2 {
 namespace {
@@ -23,7 +22,7 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       compress_(parameters.compress.has_value() && !read_only_),
       size_(header_.size),
       hold_(std::move(parameters.hold)),
-      image_(*storage_, header_, parameters.metadata_cache),
+      image_(*storage_, header_, parameters.metadata_cache, std::move(parameters.compressed_cache)),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
       bitmaps_(image_, allocator_, ranges_, latch_, read_only_),
@@ -115,25 +114,6 @@ Result<> Qcow2Disk::read_backing(GuestOffset offset, Bytes out) {
   const uint64_t there = offset.bytes() < backing_size_ ? std::min(out.size(), backing_size_ - offset.bytes()) : 0;
   if (there < out.size()) std::memset(out.data() + there, 0, out.size() - there);
   return there == 0 ? Result<>{} : backing_->read(offset, out.first(there));
-}
-
-Result<> Qcow2Disk::read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out) {
-  const Geometry& g = image_.geometry;
-  thread_local Buffer stream;
-  thread_local Buffer cluster;
-  stream.reserve(mapping.compressed.length);
-  const Bytes in = stream.bytes().first(mapping.compressed.length);
-  IMG_TRY(storage_->read(mapping.compressed.offset, in));
-
-  const bool whole = out.size() == g.cluster_size;
-  if (!whole) cluster.reserve(g.cluster_size);
-  const Bytes plain = whole ? out : cluster.bytes().first(g.cluster_size);
-  Result<> done = g.compression == Compression::zstd ? codec::unzstd(in, plain) : codec::inflate(in, plain);
-  if (!done)
-    return fail(done.error().during("compressed cluster at {:#x} for guest offset {:#x}",
-                                    mapping.compressed.offset.bytes(), round_down(offset.bytes(), g.cluster_size)));
-  if (!whole) std::memcpy(out.data(), plain.data() + offset.bytes() % g.cluster_size, out.size());
-  return {};
 }
 
 bool Qcow2Disk::reads_zero(const Mapping& mapping, GuestRange range) const {

@@ -65,6 +65,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> read_range(GuestOffset offset, Bytes out);
   Result<> read_backing(GuestOffset offset, Bytes out);
   Result<> read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out);
+  Result<> read_stream(CompressedRange stream, Bytes cluster);
   Result<> write_runs(GuestOffset offset, ConstBytes data);
   Result<size_t> write_in_place(GuestOffset offset, ConstBytes data);
   Result<size_t> write_run(const Mapping& mapping, GuestOffset offset, ConstBytes data);

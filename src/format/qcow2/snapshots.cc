@@ -263,6 +263,7 @@ void Qcow2Snapshots::adopt(TreeChange& change, Outcome outcome, uint64_t table_b
     if (outcome.new_content) disk_.map_.set_allocated(change.allocated_clusters() * g.cluster_size);
     change.adopt();
     disk_.image_.next_packed = HostOffset(0);  // its cluster may be free
+    disk_.image_.inflated.drop_all();
     known.remove(g.cluster_of(old_table.begin), g.clusters_for(old_table.length));
     known.add(g.cluster_of(change.snapshot_table_offset()), g.clusters_for(table_bytes));
     outcome.freed.push_back(old_table);
@@ -295,9 +296,11 @@ Result<std::unique_ptr<Disk>> Qcow2Snapshots::open(const std::string& id_or_name
     if (!disk_.backing_) return nullptr;
     return std::make_unique<BorrowedDisk>(*disk_.backing_);
   };
-  auto disk = std::make_unique<Qcow2Disk>(
-      disk_.storage_, std::move(header),
-      OpenParameters{.read_only = true, .metadata_cache = kSnapshotCache, .hold = hold(known[found])});
+  auto disk = std::make_unique<Qcow2Disk>(disk_.storage_, std::move(header),
+                                          OpenParameters{.read_only = true,
+                                                         .metadata_cache = kSnapshotCache,
+                                                         .compressed_cache = disk_.image_.inflated.cache(),
+                                                         .hold = hold(known[found])});
   IMG_TRY(disk->start(open_backing));
   return disk;
 }
