@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Callable, Optional
 
 from harness import MiB, pattern, run
-from qcow2_bytes import (BITMAPS_EXTENSION, BITMAPS_VALID, COMPRESSED, COPIED, CORRUPT, DIRTY, OFFSETS, ZERO)
+from qcow2_bytes import (BITMAPS_EXTENSION, BITMAPS_VALID, COMPRESSED, COPIED, CORRUPT, DIRTY, OFFSETS, ZERO, Image)
 
 KiB = 1 << 10
 PAST_THE_END = 1 << 40  # aligned for every cluster size
@@ -102,6 +102,37 @@ def extended_snapshots(folder):
     run('qemu-img', 'snapshot', '-c', 'one', image)
     run('qemu-io', '-f', 'qcow2', '-c', 'write -P 9 1k 1k', image)
     return image
+
+
+def deep_snapshots(folder):
+    """200 snapshots of one state, which share its tables; QEMU would take its time."""
+    path = made(folder, 'deep_snapshots', 'cluster_size=4k', CLUSTERS[:2], '1M')
+    image = Image(path)
+    shared, entries = image.l2_table(), image.field('l1_entries')
+    clusters = [shared] + [image.host(c) for c in range(32)]
+    image.put(image.l1_at(), shared)
+    for guest_cluster in range(32):
+        image.set_entry(guest_cluster, image.host(guest_cluster))
+    for cluster in clusters:
+        image.set_count(cluster, 201)
+    end = (len(image.bytes) + image.cluster - 1) // image.cluster * image.cluster
+    table = b''
+    for index in range(200):
+        l1_copy = end + index * image.cluster
+        image.put(l1_copy, shared)
+        image.set_count(l1_copy, 1)
+        name = b'%d' % (index + 1)
+        table += (l1_copy.to_bytes(8, 'big') + entries.to_bytes(4, 'big') + len(name).to_bytes(2, 'big') * 2 +
+                  bytes(20) + (16).to_bytes(4, 'big') + bytes(8) + MiB.to_bytes(8, 'big') + name + name)
+        table = table.ljust((len(table) + 7) // 8 * 8, b'\0')
+    place = end + 200 * image.cluster
+    image.bytes = image.bytes.ljust(place, b'\0') + table
+    for offset in range(place, len(image.bytes), image.cluster):
+        image.set_count(offset, 1)
+    image.set_field('snapshots', place)
+    image.set_field('snapshot_count', 200)
+    image.save()
+    return path
 
 
 def bitmaps(folder):
@@ -370,3 +401,17 @@ kind(bitmaps, 'table on the l2 table', lambda i: i.put(i.bitmap_directory(), l2(
 kind(bitmaps, 'table entry with reserved bits', flip(lambda i: i.bitmap_table(), 4), qemu=REFUSES_BITMAPS)
 kind(bitmaps, 'table entry past the end', put(lambda i: i.bitmap_table(), PAST_THE_END))
 kind(bitmaps, 'table entry on data', lambda i: i.put(i.bitmap_table(), i.host(1)))
+
+kind(deep_snapshots, 'none', lambda i: None)
+kind(deep_snapshots, 'count of the shared table too low', lambda i: i.set_count(i.l2_table(), 200))
+kind(deep_snapshots, 'count of shared data too low', set_count(3, 1))
+kind(deep_snapshots, 'counts missing', set_table_entry(0, 0))
+kind(deep_snapshots, 'copied on the shared table', flip_l1(COPIED))
+kind(deep_snapshots, 'reserved bits in the shared table', flip_entry(4, 2))
+kind(deep_snapshots, 'shared entry past the end', set_entry(4, PAST_THE_END))
+kind(deep_snapshots, 'one l1 for two', lambda i: i.put(i.snapshot_at(7), snapshot_l1(9)(i)), mended=False)
+
+for _base in (standard, extended):
+    kind(_base, 'refcount table claims 8 MiB', lambda i: i.set_field('refcount_table_clusters', 8 * MiB // i.cluster))
+    kind(_base, 'refcount table of noise', noise(table), qemu=NO_COUNTS)
+    kind(_base, 'blocks everywhere', lambda i: [i.put(table(i) + 8 * n, n * i.cluster) for n in range(1, 200)])

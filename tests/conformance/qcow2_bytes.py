@@ -157,6 +157,20 @@ class Image:
     def bitmap_table(self):
         return self.get(self.bitmap_directory())
 
+    def bitmap_parts(self):
+        """Directory, tables and data of all bitmaps, as slices of the file."""
+        at = self.bitmap_directory()
+        end = at + self.get(self.extension(BITMAPS_EXTENSION) + 8)
+        yield slice(at, end)
+        while at < end:
+            table, entries = self.get(at), self.get(at + 8, 4)
+            yield slice(table, table + 8 * entries)
+            for index in range(entries):
+                data = self.get(table + 8 * index) & OFFSETS
+                if data:
+                    yield slice(data, data + self.cluster)
+            at += (24 + self.get(at + 18, 2) + self.get(at + 20, 4) + 7) // 8 * 8
+
     # The guest's disk
 
     def pieces(self, backing=b'', data_file=b''):

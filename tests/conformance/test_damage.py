@@ -7,7 +7,7 @@ from pathlib import Path
 
 from damage import KINDS
 from harness import IMGFUSE, SCRATCH, ImageCase, attempt, run
-from qcow2_bytes import Image
+from qcow2_bytes import BITMAPS_VALID, Image
 
 COUNTS = ('corruptions', 'leaks', 'check-errors', 'total-clusters', 'allocated-clusters', 'compressed-clusters',
           'fragmented-clusters', 'image-end-offset')
@@ -98,15 +98,27 @@ class Damaged(ImageCase):
         self.assertTrue(raw.read_bytes() == b''.join(Image(image).pieces(self.backing, self.data)))
 
 
-    def assert_repaired(self, image, kind, repair, before):
+    def assert_repaired(self, image, kind, repair, before, damaged):
         after = self.readable(image)
         self.assert_nothing_lost(before, after)
         if not kind.mended:
             return self.assertEqual(repair.status, 2, str(repair))
         self.assertEqual(repair.status, 0, str(repair))
         self.assert_clean(image)
+        self.assert_bitmaps_are_trusted_only_if_whole(image, damaged)
+        # New structures are as large as what the file holds, not as what was claimed.
+        room = len(damaged) // 4 + 8 * Image(image).cluster
+        self.assertLess(image.stat().st_size, len(damaged) + room)
         if None not in after:
             self.assert_whole_disk_readable(image)
+
+    def assert_bitmaps_are_trusted_only_if_whole(self, image, damaged):
+        """A repair changes no bitmap that it leaves valid."""
+        repaired = Image(image)
+        if not repaired.field('autoclear') & BITMAPS_VALID:
+            return
+        for part in repaired.bitmap_parts():
+            self.assertTrue(repaired.bytes[part] == damaged[part], 'a bitmap has changed')
 
     def assert_undone(self, image, undo_file, damaged):
         undo = attempt(IMGFUSE, 'check', '--undo', undo_file, image)
@@ -122,7 +134,7 @@ def make_test(kind):
 
         repair = self.check(image, '--repair', 'all', '--undo-file', undo_file)
 
-        self.assert_repaired(image, kind, repair, before)
+        self.assert_repaired(image, kind, repair, before, damaged)
         if image.read_bytes() == damaged:
             self.assertFalse(undo_file.exists(), 'an undo file for nothing')
         else:

@@ -14,7 +14,7 @@
 namespace imgfuse::qcow2 {
 namespace {
 
-constexpr int kRepairRounds = 2;
+constexpr int kRepairRounds = 4;
 
 /// Compares the counted references with the stored ones, block by block.
 class Comparison {
@@ -131,9 +131,9 @@ Result<> clear_marks(Storage& storage, const Header& header) {
 /// What is wrong, the worst first.
 auto severity(const CheckReport& report) { return std::tuple(report.check_errors, report.corruptions, report.leaks); }
 
-}  // namespace
+enum class TableEntries { mended, kept };
 
-Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) {
+Result<CheckReport> check_and_repair(Storage& storage, Repair mode, TableEntries entries, const CheckSink& sink) {
   IMG_LET(Header header, read_header(storage, Purpose::repair));
   IMG_LET(Examination found, examine(storage, header, sink));
   if (mode == Repair::none) return found.report;
@@ -146,6 +146,7 @@ Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) 
   for (int round = 0; round < kRepairRounds && !found.report.clean(); ++round) {
     if (round > 0 && severity(found.report) >= before) break;  // the last round changed nothing
     before = severity(found.report);
+    found.keep_entries = entries == TableEntries::kept;
     IMG_TRY(repair(storage, header, mode, found));
     found = {};  // before the next one takes its memory
     IMG_LET(header, read_header(storage, Purpose::repair));
@@ -157,5 +158,13 @@ Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) 
   if (report.corruptions == 0 && report.check_errors == 0) IMG_TRY(clear_marks(storage, header));
   return report;
 }
+
+}  // namespace
+
+Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) {
+  return check_and_repair(storage, mode, TableEntries::mended, sink);
+}
+
+Result<CheckReport> recount(Storage& storage) { return check_and_repair(storage, Repair::all, TableEntries::kept, {}); }
 
 }  // namespace imgfuse::qcow2

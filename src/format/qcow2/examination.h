@@ -15,6 +15,7 @@ struct Examination {
   SnapshotTable snapshots;
   std::unique_ptr<Survey> survey = std::make_unique<Survey>();
   uint64_t wrong_flags = 0;           ///< COPIED flags that differ from the stored counts; in report.corruptions too
+  bool keep_entries = false;          ///< a repair leaves all but the flags of table entries as they are
   bool incomplete_snapshots = false;  ///< snapshot entries lack extra data
 };
 

@@ -17,7 +17,7 @@ class Mender {
       : storage_(storage),
         header_(header),
         format_(header.l2_format()),
-        all_(mode == Repair::all),
+        all_(mode == Repair::all && !found.keep_entries),
         found_(found),
         survey_(*found.survey),
         rules_(header, survey_.file_size) {}
@@ -63,8 +63,9 @@ bool Mender::has_wrong_flags() const {
   return false;
 }
 
-/// Something is wrong with a bitmap by itself, or something else lies in its clusters.
+/// Something is wrong with a bitmap by itself, or something else lies in its clusters; and it may be put right.
 bool Mender::has_bad_bitmaps() const {
+  if (!all_ || (header_.autoclear & kBitmaps) == 0) return false;
   if (survey_.bad_bitmaps) return true;
   const ReferenceCounts& bitmaps = survey_.bitmaps;
   for (auto c = bitmaps.next(0); c; c = bitmaps.next(*c + 1))
@@ -189,7 +190,7 @@ Result<> Mender::mend_l2_tables() {
 
 Result<> mend(Storage& storage, const Header& header, Repair mode, Examination& found) {
   Mender mender(storage, header, mode, found);
-  if (mode == Repair::all && (header.autoclear & kBitmaps) && mender.has_bad_bitmaps()) IMG_TRY(mender.drop_bitmaps());
+  if (mender.has_bad_bitmaps()) IMG_TRY(mender.drop_bitmaps());
   if (found.survey->mendable_entries == 0 && !mender.has_wrong_flags()) return {};
   IMG_TRY(mender.mend_l1_tables());
   IMG_TRY(mender.mend_l2_tables());

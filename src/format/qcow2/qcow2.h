@@ -46,6 +46,10 @@ Result<> check_create_options(const CreateOptions& options);
 /// Counts every reference (section 24) and compares. Repairs first if asked to; the storage must then be writable.
 Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink);
 
+/// Puts right the counts and COPIED flags of an image that was not closed cleanly, and nothing else: damage of any
+/// other kind is reported as left.
+Result<CheckReport> recount(Storage& storage);
+
 /// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
 Result<ImageInfo> info(Storage& storage);
 

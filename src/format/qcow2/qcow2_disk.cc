@@ -302,7 +302,7 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
     IMG_LET(header, read_header(*storage, Purpose::write));
   }
   if (!parameters.read_only && (header.incompatible & kDirty)) {
-    IMG_LET(const CheckReport report, check(*storage, Repair::all, [](const std::string&) {}));
+    IMG_LET(const CheckReport report, recount(*storage));
     if (report.corruptions > 0 || report.check_errors > 0)
       return fail(ErrorCode::corrupt,
                   "the image was not closed cleanly and {} damaged entries could not be repaired; it can be opened "

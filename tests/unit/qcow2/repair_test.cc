@@ -274,3 +274,23 @@ TEST_CASE("qcow2 repair: on a device the new structures stay inside it") {
     CHECK(result.error().code() == ErrorCode::no_space);
   }
 }
+
+TEST_CASE("qcow2 repair: opening a dirty image for writing puts counts right, and refuses what would lose an entry") {
+  S sample;
+  poke<uint64_t>(sample.image, 72, 1);
+  sample.set_count(6, 0);
+  sample.set_count(7, 9);
+  SUBCASE("stale counts") {
+    auto storage = std::make_shared<MemStorage>(sample.image);
+    must(must(open_qcow2(storage))->close());
+    expect_clean_for_all(storage->image());
+    CHECK(mapping(storage->image()) == mapping(sample.image));
+  }
+  SUBCASE("an entry past the end of the file") {
+    sample.set_l2(0, 0x10000000);
+    auto storage = std::make_shared<MemStorage>(sample.image);
+    CHECK_FALSE(open_qcow2(storage));
+    CHECK(mapping(storage->image()) == mapping(sample.image));
+    CHECK(peek<uint64_t>(storage->image(), 72) == 1);
+  }
+}
