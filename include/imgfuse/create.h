@@ -26,9 +26,10 @@ struct CreateOptions {
   bool data_file_raw = false;             ///< the data file alone equals the disk
   std::string compression_type = "zlib";  ///< "zlib" or "zstd"
   Preallocation preallocation = Preallocation::off;
+  bool durable = true;  ///< false: what is lost in a power cut can be made again
 };
 
-/// Creates the image file, durable with its directory entry when this returns. Every option is checked before the
+/// Creates the image file, durable with its directory entry when this returns unless that is not asked for. Every option is checked before the
 /// file is touched; an existing file is replaced only if nobody has it locked.
 Result<> create_image(const std::string& path, const CreateOptions& options);
 

@@ -45,7 +45,7 @@ Result<std::vector<ImageInfo>> walk_chain(const std::string& path, const OpenOpt
 class NewFile {
  public:
   enum class Existing { replaced, refused };
-  static Result<NewFile> open(const std::string& path, Existing existing);
+  static Result<NewFile> open(const std::string& path, Existing existing, bool durable);
   NewFile(NewFile&&) = default;
   NewFile& operator=(NewFile&&) = delete;
   ~NewFile() {
@@ -53,36 +53,43 @@ class NewFile {
   }
 
   FileStorage& storage() { return *storage_; }
-  /// Makes the file and its name durable.
+  /// Makes the file and its name durable, if that was asked for.
   Result<> keep();
   /// Removes it, even if it was to be kept.
   void drop() { created_ = true; }
 
  private:
-  NewFile(std::string path, std::shared_ptr<FileStorage> storage, bool created)
-      : path_(std::move(path)), storage_(std::move(storage)), created_(created) {}
+  NewFile(std::string path, std::shared_ptr<FileStorage> storage, bool created, bool durable)
+      : path_(std::move(path)), storage_(std::move(storage)), created_(created), durable_(durable) {}
 
   std::string path_;
   std::shared_ptr<FileStorage> storage_;
   bool created_;
+  bool durable_;
 };
 
-Result<NewFile> NewFile::open(const std::string& path, Existing existing) {
+Result<NewFile> NewFile::open(const std::string& path, Existing existing, bool durable) {
   const int flags = O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
   UniqueFd fd(::open(path.c_str(), flags | O_CREAT | O_EXCL, 0644));
   const bool created = bool(fd);
   if (!created && errno == EEXIST && existing == Existing::replaced) fd = UniqueFd(::open(path.c_str(), flags));
   if (!fd) return fail(host_error(errno));
-  auto storage = FileStorage::adopt(std::move(fd), path, {.writable = true, .lock = LockRole::writer});
+  auto storage = FileStorage::adopt(
+      std::move(fd), path,
+      {.writable = true, .cache = durable ? CacheMode::writeback : CacheMode::unsafe, .lock = LockRole::writer});
   if (!storage) {
     if (created) unlink(path.c_str());
     return fail(storage.error());
   }
-  return NewFile(path, std::move(*storage), created);
+  return NewFile(path, std::move(*storage), created, durable);
 }
 
 Result<> NewFile::keep() {
   IMG_TRY(storage_->flush());
+  if (!durable_) {
+    created_ = false;
+    return {};
+  }
   const std::filesystem::path directory = std::filesystem::path(path_).parent_path();
   const UniqueFd fd(::open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!fd || (fsync(fd.get()) != 0 && errno != EINVAL)) return fail(host_error(errno, "flush its directory"));
@@ -100,7 +107,7 @@ Result<uint64_t> time_of_change(const FileStorage& storage) {
 
 Result<CheckReport> repair_with_undo(const Layer& layer, Repair repair, const CheckSink& sink,
                                      const std::string& undo_file) {
-  auto file = NewFile::open(undo_file, NewFile::Existing::refused);
+  auto file = NewFile::open(undo_file, NewFile::Existing::refused, true);
   if (!file) return fail(file.error().during("undo file {}", undo_file));
   IMG_LET(UndoJournal journal, UndoJournal::create(file->storage(), *layer.storage));
   IMG_TRY(file->keep());
@@ -170,7 +177,7 @@ Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_TRY(format->check_create_options(options));
   IMG_TRY(check_target(path, chain));
 
-  IMG_LET(NewFile file, NewFile::open(path, NewFile::Existing::replaced));
+  IMG_LET(NewFile file, NewFile::open(path, NewFile::Existing::replaced, options.durable));
   IMG_TRY(file.storage().resize(0));
   IMG_TRY(format->create(file.storage(), options));
   IMG_TRY(file.keep());

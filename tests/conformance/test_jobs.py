@@ -75,6 +75,48 @@ class Convert(JobCase):
             run('qemu-img', 'convert', '-f', 'raw', *options, source, theirs)
             self.assertLessEqual(ours.stat().st_blocks, theirs.stat().st_blocks * 1.05 + 256, options)
 
+    def test_compressed(self):
+        """Text that compresses, noise that does not, zeros and holes."""
+        source = self.path('source.raw')
+        rng = random.Random(SEED)
+        words = [rng.randbytes(7) for _ in range(100)]
+        with open(source, 'wb') as file:
+            for offset, length in ((0, 3 * MiB), (4 * MiB + 512, 200 * KiB), (7 * MiB, 512)):
+                file.seek(offset)
+                file.write(b''.join(rng.choices(words, k=length // 7)))
+            file.seek(5 * MiB)
+            file.write(rng.randbytes(MiB))
+            file.truncate(9 * MiB + 512)
+        for options in ('', 'compression_type=zstd', 'cluster_size=4k', 'cluster_size=512', 'cluster_size=2M',
+                        'compat=0.10', 'refcount_bits=1', 'refcount_bits=64,compression_type=zstd,cluster_size=16k'):
+            with self.subTest(options):
+                option = ('-o', options) if options else ()
+                ours, theirs = self.path('ours.qcow2'), self.path('theirs.qcow2')
+                run(IMGFUSE, 'convert', '-c', '-f', 'raw', '-O', 'qcow2', *option, source, ours)
+                run('qemu-img', 'convert', '-c', '-f', 'raw', '-O', 'qcow2', *option, source, theirs)
+                self.assert_same_disk(source, 'raw', ours, 'qcow2')
+                self.assert_clean(ours)
+                self.assertLessEqual(ours.stat().st_size, theirs.stat().st_size * 1.15 + 256 * KiB)
+                run(IMGFUSE, 'compare', '-f', 'raw', '-F', 'qcow2', source, ours)
+                run(IMGFUSE, 'convert', '-O', 'raw', ours, self.path('back.raw'))
+                self.assertEqual(sha256(self.path('back.raw')), sha256(source))
+
+    def test_a_snapshot(self):
+        source = self.image('source.qcow2')
+        run('qemu-img', 'snapshot', '-c', 'first', source)
+        qemu_io(source, 'qcow2', fill_commands(self.random, SIZE, 3))
+        theirs = self.path('theirs.raw')
+        run('qemu-img', 'convert', '-l', 'snapshot.name=first', '-O', 'raw', source, theirs)
+        for name in ('first', '1', 'snapshot.id=1', 'snapshot.name=first', 'snapshot.id=1,snapshot.name=first'):
+            ours = self.path('ours.raw')
+            run(IMGFUSE, 'convert', '-l', name, '-O', 'raw', source, ours)
+            self.assertEqual(sha256(ours), sha256(theirs), name)
+            ours.unlink()
+        ours = attempt(IMGFUSE, 'convert', '-l', 'nothing', source, self.path('ours.raw'))
+        self.assertEqual(ours.status, 1, ours)
+        self.assertFalse(self.path('ours.raw').exists())
+        self.assert_alike('measure', '-O', 'qcow2', '-l', 'first', source)
+
     def test_onto_the_same_backing_file(self):
         self.image('base.qcow2')
         source = self.image('overlay.qcow2', backing=('base.qcow2', 'qcow2'))

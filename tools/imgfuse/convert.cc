@@ -123,6 +123,7 @@ Result<> convert_images(Request request, Io& io) {
   NewTarget created(request.target);
   if (!request.use_existing) {
     request.create.size = total_size(sources);
+    request.create.durable = request.target_options.cache != CacheMode::unsafe;
     IMG_TRY(create_image(request.target, request.create));
     created.made();
   }
@@ -177,9 +178,10 @@ void add_options(CLI::App& app, Request& request, std::vector<std::string>& file
   app.add_flag("-q,--quiet", quiet, "Show no progress");
 }
 
-/// Compressing keeps the processors busy; else a few threads are enough to have reads and writes overlap.
+/// Compressing keeps the processors busy, and some threads more have its reads and writes overlap with it; for mere
+/// copying a few threads are enough.
 unsigned default_workers(const Request& request) {
-  return request.compress ? std::max(2u, std::thread::hardware_concurrency()) : kDefaultWorkers;
+  return request.compress ? kDefaultWorkers + std::thread::hardware_concurrency() : kDefaultWorkers;
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ void add_snapshot_option(CLI::App& app, std::optional<std::string>& snapshot) {
          [&snapshot](const std::string& name) {
            snapshot = name;
            for (const std::string_view key : {"snapshot.id=", "snapshot.name="})
-             if (name.starts_with(key)) snapshot = name.substr(key.size());
+             if (name.starts_with(key)) snapshot = name.substr(key.size(), name.find(',') - key.size());
          },
          "Read this internal snapshot, by id or name")
       ->type_name("SNAPSHOT");
