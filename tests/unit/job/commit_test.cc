@@ -1,5 +1,7 @@
 #include <doctest/doctest.h>
 
+#include "support/crash_storage.h"
+#include "support/order_storage.h"
 #include "unit/job/disks.h"
 
 namespace imgfuse::test {
@@ -97,6 +99,37 @@ TEST_CASE("rebase: the overlay reads as before over its new backing file") {
         must(disk->close());
       }
     }
+  }
+}
+
+TEST_CASE("rebase: a crash at any moment leaves an overlay that reads as before over its old backing file") {
+  Rng rng(base_seed());
+  constexpr uint64_t kSmall = 2_MiB;
+  const MemImage old_image = scribbled_image(kSmall - 512, rng);
+  JobDisk overlay = qcow2_disk({.size = kSmall, .cluster_size = 4096, .backing = "base"}, old_image);
+  scribble(*overlay, rng, 5);
+  must(overlay->flush());
+  const auto expected = content(*overlay);
+  const MemImage start = overlay.memory->image();
+  auto storage = std::make_shared<CrashStorage>(start);
+  Mutex mutex;
+  std::vector<MemImage> crashed;
+  storage->set_observer([&] {  // by several threads; some of the states are enough
+    Lock lock(mutex);
+    if (rng.one_in(4)) crashed.push_back(storage->crash(kCrashModes[rng.below(std::size(kCrashModes))], rng));
+  });
+  auto disk = must(open_qcow2(std::make_shared<OrderStorage>(storage, start), {.backing = old_image}));
+  JobDisk new_backing = raw_disk_of(scribbled_image(kSmall + 4096, rng));
+
+  must(prepare_rebase(*disk, &*new_backing));
+  must(disk->close());
+
+  REQUIRE(crashed.size() > 5);
+  for (const MemImage& image : crashed) {
+    REQUIRE(check_image(image).corruptions == 0);
+    auto survivor = must(open_qcow2(std::make_shared<MemStorage>(image), {.read_only = true, .backing = old_image}));
+    REQUIRE(content(*survivor) == expected);
+    must(survivor->close());
   }
 }
 
