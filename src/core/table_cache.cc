@@ -15,6 +15,7 @@ constexpr size_t kOverhead = 256;  // the entry, its place in the hash table, an
 TableCache::TableCache(Storage& storage, size_t table_bytes, uint64_t capacity_bytes)
     : storage_(storage),
       table_bytes_(table_bytes),
+      sector_bytes_(std::max<size_t>(512, table_bytes / 64)),
       max_tables_(std::max(kMinTables, capacity_bytes / (table_bytes + kOverhead))) {}
 
 TableCache::~TableCache() NO_THREAD_SAFETY_ANALYSIS {
@@ -106,7 +107,7 @@ void TableCache::destroy(Table& table) {
   delete &table;
 }
 
-Bytes TableCache::edit(const Pin& pin, unsigned stage) {
+Bytes TableCache::edit(const Pin& pin, unsigned stage, size_t first, size_t length) {
   Table& table = *pin.table_;
   Lock lock(mutex_);
   if (table.content_frozen) {
@@ -122,6 +123,9 @@ Bytes TableCache::edit(const Pin& pin, unsigned stage) {
     ++dirty_count_;
   }
   assert(!table.dirty || table.stage == stage);
+  const uint64_t begin = first / sector_bytes_;
+  const uint64_t count = (first + length - 1) / sector_bytes_ - begin + 1;
+  table.changed |= ~uint64_t{0} >> (64 - count) << begin;
   return {table.content.get(), table_bytes_};
 }
 
@@ -155,7 +159,7 @@ TableCache::Batch TableCache::freeze(unsigned stage) {
       --dirty_count_;
       table.dirty = false;
       table.frozen = table.content_frozen = true;
-      batch.push_back({&table, table.offset, table.content});
+      batch.push_back({&table, table.offset, table.content, std::exchange(table.changed, 0)});
     }
   }
   std::sort(batch.begin(), batch.end(), [](const Frozen& a, const Frozen& b) { return a.offset < b.offset; });
@@ -163,16 +167,26 @@ TableCache::Batch TableCache::freeze(unsigned stage) {
 }
 
 Result<> TableCache::write(const Batch& batch) {
-  std::vector<ConstBytes> parts;
-  for (auto first = batch.begin(); first != batch.end();) {
-    parts.clear();
-    auto next = first;
-    for (; next != batch.end() && next->offset == first->offset + parts.size() * table_bytes_; ++next)
-      parts.emplace_back(next->content.get(), table_bytes_);
-    IMG_TRY(storage_.write(first->offset, parts));
-    first = next;
+  std::vector<ConstBytes> run;
+  HostOffset begin, end;
+  for (const Frozen& table : batch) {
+    for (size_t at = 0; at < table_bytes_; at += sector_bytes_) {
+      if (!(table.sectors >> (at / sector_bytes_) & 1)) continue;
+      if (!run.empty() && table.offset + at != end) {
+        IMG_TRY(storage_.write(begin, run));
+        run.clear();
+      }
+      if (run.empty()) begin = end = table.offset + at;
+      const ConstBytes sector(table.content.get() + at, sector_bytes_);
+      if (!run.empty() && run.back().data() + run.back().size() == sector.data()) {
+        run.back() = {run.back().data(), run.back().size() + sector.size()};
+      } else {
+        run.push_back(sector);
+      }
+      end = end + sector_bytes_;
+    }
   }
-  return {};
+  return run.empty() ? Result<>{} : storage_.write(begin, run);
 }
 
 void TableCache::thaw(const Batch& batch, bool written) {
@@ -180,10 +194,13 @@ void TableCache::thaw(const Batch& batch, bool written) {
   for (const Frozen& frozen : batch) {
     Table& table = *frozen.table;
     table.frozen = table.content_frozen = false;
-    if (!written && !table.dirty && table.attached) {
-      table.dirty = true;
-      dirty_[table.stage].push_back(table);
-      ++dirty_count_;
+    if (!written && table.attached) {
+      table.changed |= frozen.sectors;
+      if (!table.dirty) {
+        table.dirty = true;
+        dirty_[table.stage].push_back(table);
+        ++dirty_count_;
+      }
     }
     release_if_unused(table);
   }

@@ -74,9 +74,9 @@ class TableCache {
 
   Result<Pin> pin(HostOffset offset, Room room = Room::flush_for_it) EXCLUDES(mutex_);
 
-  /// The content to change, now dirty for `stage`. A table is always dirty for the same stage. With the metadata lock
-  /// held exclusively, from here to the last change.
-  Bytes edit(const Pin& pin, unsigned stage) EXCLUDES(mutex_);
+  /// The whole content, of which `length` bytes from `first` on are about to change: they are dirty for `stage` now. A
+  /// table is always dirty for the same stage. With the metadata lock held exclusively, from here to the last change.
+  Bytes edit(const Pin& pin, unsigned stage, size_t first, size_t length) EXCLUDES(mutex_);
 
   /// Forgets tables that begin in the range, dirty or not, without writing them: what lies there is no table any more,
   /// or its content was written by other means. Pins on them stay valid but belong to nobody.
@@ -87,11 +87,12 @@ class TableCache {
     Table* table;
     HostOffset offset;
     std::shared_ptr<const std::byte[]> content;
+    uint64_t sectors;  ///< a bit for each sector that has changed
   };
   using Batch = std::vector<Frozen>;
   /// Takes all dirty tables of a stage. With the metadata lock held exclusively.
   Batch freeze(unsigned stage) EXCLUDES(mutex_);
-  /// Writes the batch, neighbours together. No lock needed.
+  /// Writes what has changed of the batch, neighbours together. No lock needed.
   Result<> write(const Batch& batch);
   /// Ends a freeze. What was not written is dirty again.
   void thaw(const Batch& batch, bool written) EXCLUDES(mutex_);
@@ -115,6 +116,7 @@ class TableCache {
     bool loading = false;
     bool attached = true;         // found by its offset
     bool dirty = false;           // in dirty_[stage]
+    uint64_t changed = 0;         // a bit for each sector that is dirty
     bool frozen = false;          // a batch refers to it
     bool content_frozen = false;  // …and shares its content
     std::optional<Error> load_error;
@@ -131,6 +133,7 @@ class TableCache {
 
   Storage& storage_;
   const size_t table_bytes_;
+  const size_t sector_bytes_;  // the unit of writing: a table has 64 of them at most
   const size_t max_tables_;
   std::function<void()> make_room_;
 

@@ -25,6 +25,13 @@ class [[nodiscard]] Reservation {
   uint64_t clusters() const { return clusters_; }
   /// The clusters lie past everything that was ever written: they read as zeros on the host.
   bool fresh() const { return fresh_; }
+  /// Clusters that are not counted: in a data file each guest cluster has its place.
+  static Reservation fixed(HostOffset host, uint64_t clusters) {
+    Reservation reservation;
+    reservation.host_ = host;
+    reservation.clusters_ = clusters;
+    return reservation;
+  }
   /// Something points at them from here on.
   void commit() { allocator_ = nullptr; }
 

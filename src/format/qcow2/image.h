@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -132,6 +133,8 @@ struct Image {
   KnownMetadata known GUARDED_BY(mutex);
   /// Where the next compressed stream may begin, in a host cluster that holds others already. 0: nowhere.
   HostOffset next_packed GUARDED_BY(mutex);
+  /// Metadata was met that cannot be: see Qcow2Disk::note().
+  std::atomic<bool> damaged = false;
 };
 
 }  // namespace imgfuse::qcow2

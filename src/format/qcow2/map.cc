@@ -1,27 +1,19 @@
 #include "format/qcow2/map.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
-#include <cstring>
 
 #include "base/buffer.h"
 #include "base/endian.h"
+#include "core/pieces.h"
 
 namespace imgfuse::qcow2 {
 namespace {
 
-L2Entry entry_at(ConstBytes slice, uint64_t index) {
-  be<uint64_t> raw;
-  std::memcpy(&raw, &slice[index * 8], sizeof raw);
-  return {raw};
+bool has_host(ClusterKind kind) {
+  return kind == ClusterKind::normal || kind == ClusterKind::zero_allocated || kind == ClusterKind::reserved;
 }
-
-void set_entry(Bytes slice, uint64_t index, L2Entry entry) {
-  const be<uint64_t> raw(entry.raw);
-  std::memcpy(&slice[index * 8], &raw, sizeof raw);
-}
-
-bool has_host(ClusterKind kind) { return kind == ClusterKind::normal || kind == ClusterKind::zero_allocated; }
 
 }  // namespace
 
@@ -81,29 +73,27 @@ Result<> Map::check_in_file(L1Entry l1, uint64_t index) const {
 Result<> Map::check_entry(L2Entry entry, GuestOffset guest) const {
   const Geometry& g = image_.geometry;
   const auto bad = [&](const char* what) {
+    image_.damaged = true;
     return fail(ErrorCode::corrupt, "L2 entry {:#x} for guest offset {:#x} {}", entry.raw, guest.bytes(), what);
   };
-  switch (entry.kind()) {
-    case ClusterKind::compressed: {
-      const unsigned offset_bits = 70 - g.cluster_bits;
-      if (entry.raw & kCopied) return bad("is compressed and marked as copied");
-      if (offset_bits > 56 && (entry.raw & ((uint64_t{1} << offset_bits) - 1)) >= kMaxHostOffset)
-        return bad("points past 2^56");
-      const CompressedRange range = entry.compressed_range(g.cluster_bits);
-      const uint64_t first = g.cluster_of(range.offset);
-      if (image_.known.overlaps(first, g.cluster_of(range.offset + (range.length - 1)) - first + 1))
-        return bad("points at metadata");
-      return {};
-    }
-    case ClusterKind::normal:
-    case ClusterKind::zero_allocated:
-      if (entry.host().bytes() % g.cluster_size != 0) return bad("points into the middle of a cluster");
-      if (image_.known.overlaps(g.cluster_of(entry.host()))) return bad("points at metadata");
-      break;
-    case ClusterKind::reserved:
-    case ClusterKind::unallocated:
-    case ClusterKind::zero_plain:
-      break;
+  if (!g.l2.valid(entry)) return bad("has a subcluster bitmap that contradicts itself");
+  if (g.l2.is_compressed(entry)) {
+    const unsigned offset_bits = 70 - g.cluster_bits;
+    if (g.l2.data_file) return bad("is compressed, which an image with a data file cannot be");
+    if (entry.raw & kCopied) return bad("is compressed and marked as copied");
+    if (offset_bits > 56 && (entry.raw & ((uint64_t{1} << offset_bits) - 1)) >= kMaxHostOffset)
+      return bad("points past 2^56");
+    const CompressedRange range = entry.compressed_range(g.cluster_bits);
+    const uint64_t first = g.cluster_of(range.offset);
+    if (image_.known.overlaps(first, g.cluster_of(range.offset + (range.length - 1)) - first + 1))
+      return bad("points at metadata");
+    return {};
+  }
+  if (g.l2.has_host(entry)) {
+    if (entry.host().bytes() % g.cluster_size != 0) return bad("points into the middle of a cluster");
+    if (g.l2.data_file && entry.host().bytes() != round_down(guest.bytes(), g.cluster_size))
+      return bad("points at another place of the data file");
+    if (!g.l2.data_file && image_.known.overlaps(g.cluster_of(entry.host()))) return bad("points at metadata");
   }
   if (entry.raw & kL2Reserved) return bad("has reserved bits set");
   if ((entry.raw & kZeroFlag) && !g.has_zero_flag()) return bad("has the zero flag, which version 2 does not know");
@@ -125,51 +115,152 @@ Result<L1Entry> Map::l1_entry(GuestOffset guest) const {
   return entry;
 }
 
-Result<Mapping> Map::lookup(GuestRange range) {
-  const Geometry& g = image_.geometry;
-  const uint64_t l1_index = g.l1_index(range.begin);
+template <class Look, class Nothing>
+auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(nothing()) {
+  const uint64_t l1_index = image_.geometry.l1_index(guest);
   for (;;) {
-    IMG_LET(const L1Entry l1, l1_entry(range.begin));
-    if (!l1.present()) {
-      const uint64_t coverage_left = g.l2_coverage - range.begin.bytes() % g.l2_coverage;
-      Mapping nothing;
-      nothing.length = std::min(range.length, coverage_left);
-      return nothing;
-    }
+    IMG_LET(const L1Entry l1, l1_entry(guest));
+    if (!l1.present()) return nothing();
     IMG_TRY(check_in_file(l1, l1_index));
-    const SlicePlace where = place(l1, range.begin);
+    const SlicePlace where = place(l1, guest);
     IMG_LET(const TableCache::Pin slice, image_.tables.pin(where.offset));
     SharedLock lock(image_.mutex);
-    if (L1Entry{l1_[l1_index]} == l1) return read_run(slice.content(), where.first_index, range);
+    if (L1Entry{l1_[l1_index]} == l1) return look(slice.content(), where.first_index, l1);
     // The table was copied while its slice was loaded: look again.
   }
 }
 
+Result<Mapping> Map::lookup(GuestRange range) {
+  return look_up(
+      range.begin,
+      [&](ConstBytes slice, uint64_t index, L1Entry)
+          NO_THREAD_SAFETY_ANALYSIS { return read_run(slice, index, range); },
+      [&]() -> Result<Mapping> {
+        const uint64_t coverage = image_.geometry.l2_coverage;
+        Mapping nothing;
+        nothing.length = std::min(range.length, coverage - range.begin.bytes() % coverage);
+        return nothing;
+      });
+}
+
 Result<Mapping> Map::read_run(ConstBytes slice, uint64_t index, GuestRange range) const {
   const Geometry& g = image_.geometry;
-  const L2Entry first = entry_at(slice, index);
-  IMG_TRY(check_entry(first, range.begin));
+  L2Entry entry = g.l2.load(slice, index);
+  IMG_TRY(check_entry(entry, range.begin));
   const uint64_t within = range.begin.bytes() % g.cluster_size;
+  uint64_t next = within / g.subcluster_size;  // subcluster, counted from the first cluster's first one
   Mapping run;
-  run.kind = first.kind();
-  run.length = g.cluster_size - within;
+  run.kind = g.l2.kind(entry, static_cast<uint32_t>(next));
   if (run.kind == ClusterKind::compressed) {
-    run.compressed = first.compressed_range(g.cluster_bits);
-  } else {
-    run.copied = first.copied();
-    if (has_host(run.kind)) run.host = first.host() + within;
-    const uint64_t end = std::min(index + g.clusters_for(within + range.length), g.slice_entries());
-    for (uint64_t i = index + 1; i < end; ++i, run.length += g.cluster_size) {
-      const L2Entry next = entry_at(slice, i);
-      const uint64_t expected = has_host(run.kind) ? first.host().bytes() + (i - index) * g.cluster_size : 0;
-      const bool continues = next.kind() == run.kind && next.copied() == run.copied &&
-                             (!has_host(run.kind) || next.host().bytes() == expected);
-      if (!continues) break;
-      if (Result<> good = check_entry(next, range.begin + run.length); !good) break;  // reported when it is reached
-    }
+    run.compressed = entry.compressed_range(g.cluster_bits);
+    run.length = std::min(range.length, g.cluster_size - within);
+    return run;
   }
-  run.length = std::min(run.length, range.length);
+  const HostOffset host = entry.host();
+  if (has_host(run.kind)) run.host = host + within;
+  const uint32_t per_cluster = g.l2.subclusters();
+  const uint64_t end =
+      std::min(divide_up(within + range.length, g.subcluster_size), (g.slice_entries() - index) * per_cluster);
+  for (++next; next < end; ++next) {
+    const uint64_t cluster = next / per_cluster;
+    if (next % per_cluster == 0) {
+      entry = g.l2.load(slice, index + cluster);
+      if (has_host(run.kind) && entry.host() != host + cluster * g.cluster_size) break;
+    }
+    if (g.l2.kind(entry, static_cast<uint32_t>(next % per_cluster)) != run.kind) break;
+    // What is wrong with an entry is reported when it is reached.
+    if (next % per_cluster == 0 && !check_entry(entry, range.begin + (cluster * g.cluster_size - within))) break;
+  }
+  run.length = std::min(range.length, next * g.subcluster_size - within);
   return run;
+}
+
+/// Bits of those subclusters of the cluster at `cluster` that the range touches.
+uint64_t Map::touched(GuestRange range, GuestOffset cluster) const {
+  const Geometry& g = image_.geometry;
+  const uint64_t begin = std::max(range.begin.bytes(), cluster.bytes()) - cluster.bytes();
+  const uint64_t end = std::min(range.end().bytes() - cluster.bytes(), g.cluster_size);
+  const uint64_t first = begin / g.subcluster_size;
+  return ((uint64_t{1} << (divide_up(end, g.subcluster_size) - first)) - 1) << first;
+}
+
+Result<WriteRun> Map::plan_write(GuestRange range) {
+  const Geometry& g = image_.geometry;
+  range.length = std::min(range.length, g.slice_coverage() - range.begin.bytes() % g.slice_coverage());
+  return look_up(
+      range.begin,
+      [&](ConstBytes slice, uint64_t index, L1Entry l1)
+          NO_THREAD_SAFETY_ANALYSIS { return write_run(slice, index, range, l1.copied()); },
+      [&]() -> Result<WriteRun> {
+        const GuestRange filled = around(range, {}, {});
+        return WriteRun{.length = range.length, .head = range.begin - filled.begin, .tail = filled.end() - range.end()};
+      });
+}
+
+Result<WriteRun> Map::write_run(ConstBytes slice, uint64_t index, GuestRange range, bool table_copied) const {
+  const Geometry& g = image_.geometry;
+  const uint64_t within = range.begin.bytes() % g.cluster_size;
+  const uint64_t clusters = g.clusters_for(within + range.length);
+  GuestOffset cluster = range.begin - within;
+  const L2Entry first = g.l2.load(slice, index);
+  IMG_TRY(check_entry(first, range.begin));
+  const auto owned = [&](L2Entry entry) { return table_copied && entry.copied() && g.l2.has_host(entry); };
+  const auto has_bytes = [&](L2Entry entry, uint64_t subclusters) {
+    if (!g.l2.extended) return g.l2.kind(entry) == ClusterKind::normal;
+    return (entry.bitmap & subclusters) == subclusters;
+  };
+
+  WriteRun run;
+  run.in_place = owned(first);
+  if (run.in_place) run.host = first.host() + within;
+  run.linked = run.in_place && has_bytes(first, touched(range, cluster));
+  L2Entry last = first;
+  uint64_t count = 1;
+  for (; count < clusters; ++count) {
+    const L2Entry next = g.l2.load(slice, index + count);
+    if (owned(next) != run.in_place) break;
+    if (run.in_place && next.host() != first.host() + count * g.cluster_size) break;
+    cluster = cluster + g.cluster_size;
+    if (!check_entry(next, cluster)) break;  // reported when it is reached
+    run.linked = run.linked && has_bytes(next, touched(range, cluster));
+    last = next;
+  }
+  run.length = std::min(range.length, count * g.cluster_size - within);
+  if (run.linked) return run;
+
+  const GuestRange written{range.begin, run.length};
+  GuestRange filled = round_out(written, g.subcluster_size);
+  if (run.in_place) {
+    if (has_bytes(first, touched({range.begin, 1}, range.begin - within)))
+      filled = {range.begin, filled.end() - range.begin};
+    if (has_bytes(last,
+                  touched({written.end() - 1, 1}, GuestOffset(round_down(written.end().bytes() - 1, g.cluster_size)))))
+      filled.length = written.end() - filled.begin;
+  } else {
+    filled = around(written, first, last);
+  }
+  run.head = range.begin - filled.begin;
+  run.tail = filled.end() - written.end();
+  return run;
+}
+
+/// What has to be written to new clusters when `range` is: whole subclusters, and between them and it what the first
+/// and the last cluster hold until now and would lose.
+GuestRange Map::around(GuestRange range, L2Entry first, L2Entry last) const {
+  const Geometry& g = image_.geometry;
+  const GuestRange clusters = round_out(range, g.cluster_size);
+  const GuestRange whole = round_out(range, g.subcluster_size);
+  const auto held = [&](L2Entry entry) -> uint64_t {
+    if (g.l2.is_compressed(entry)) return L2Format::kAllSubclusters;
+    return g.l2.has_host(entry) ? entry.bitmap & L2Format::kAllSubclusters : 0;
+  };
+  uint64_t begin = whole.begin.bytes();
+  uint64_t end = whole.end().bytes();
+  if (g.l2.extended && held(first) != 0)
+    begin = std::min(begin, clusters.begin.bytes() + std::countr_zero(held(first)) * g.subcluster_size);
+  if (g.l2.extended && held(last) != 0)
+    end = std::max(end, clusters.end().bytes() - (std::countl_zero(held(last)) - 32) * g.subcluster_size);
+  return {GuestOffset(begin), end - begin};
 }
 
 Result<TableCache::Pin> Map::writable_slice(GuestOffset guest) {
@@ -223,63 +314,86 @@ Result<> Map::make_table(uint64_t l1_index) {
   return {};
 }
 
-/// Drops one reference of everything that the entry points at.
+/// Drops one reference of everything that the entry points at in the image file.
 void Map::give_up(L2Entry entry, HostSpace space) {
   const Geometry& g = image_.geometry;
-  if (entry.kind() == ClusterKind::compressed) {
+  if (g.l2.is_compressed(entry)) {
     const CompressedRange range = entry.compressed_range(g.cluster_bits);
     const uint64_t first = g.cluster_of(range.offset);
     const uint64_t last = g.cluster_of(range.offset + (range.length - 1));
     allocator_.quarantine(g.host_of(first), last - first + 1, HostSpace::keep);
-  } else if (entry.holds_host()) {
+  } else if (g.l2.has_host(entry) && !g.l2.data_file) {
     allocator_.quarantine(entry.host(), 1, space);
   }
 }
 
+/// `entry_for(old, cluster, subclusters)` gives the new entry of the cluster at a guest offset, of which some
+/// subclusters are meant.
 template <class Change>
-void Map::change(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, HostSpace space,
-                 Change&& entry_for) {
+void Map::change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Change&& entry_for) {
   const Geometry& g = image_.geometry;
-  const uint64_t first = g.l2_index(guest) % g.slice_entries();
-  assert(first + clusters <= g.slice_entries());
+  const GuestRange clusters = round_out(range, g.cluster_size);
+  const uint64_t first = g.l2_index(clusters.begin) % g.slice_entries();
+  const uint64_t count = clusters.length >> g.cluster_bits;
+  assert(first + count <= g.slice_entries());
 
   ExclusiveLock lock(image_.mutex);
-  const Bytes entries = image_.tables.edit(slice, kMapStage);
-  for (uint64_t i = 0; i < clusters; ++i) {
-    const L2Entry old = entry_at(entries, first + i);
-    const L2Entry next = entry_for(i, old);
-    set_entry(entries, first + i, next);
-    const bool keeps_host = has_host(old.kind()) && has_host(next.kind()) && old.host() == next.host();
+  const uint64_t width = g.l2.entry_bytes();
+  const Bytes entries = image_.tables.edit(slice, kMapStage, first * width, count * width);
+  for (uint64_t i = 0; i < count; ++i) {
+    const GuestOffset cluster = clusters.begin + i * g.cluster_size;
+    const L2Entry old = g.l2.load(entries, first + i);
+    const L2Entry next = entry_for(old, cluster, touched(range, cluster));
+    g.l2.store(entries, first + i, next);
+    const bool keeps_host = g.l2.has_host(old) && g.l2.has_host(next) && old.host() == next.host();
     if (!keeps_host) give_up(old, space);
-    if (guest.bytes() + i * g.cluster_size < counted_)
-      allocated_ += (next.holds_host() ? g.cluster_size : 0) - (old.holds_host() ? g.cluster_size : 0);
+    if (cluster.bytes() < counted_)
+      allocated_ += (g.l2.holds_host(next) ? g.cluster_size : 0) - (g.l2.holds_host(old) ? g.cluster_size : 0);
   }
 }
 
-void Map::link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters) {
-  change(slice, guest, clusters, HostSpace::keep,
-         [&](uint64_t i, L2Entry) { return image_.geometry.l2.normal(host + i * image_.geometry.cluster_size); });
-}
-
 void Map::link_compressed(const TableCache::Pin& slice, GuestOffset guest, std::span<const CompressedRange> streams) {
-  change(slice, guest, streams.size(), HostSpace::keep,
-         [&](uint64_t i, L2Entry) { return L2Entry::compressed(streams[i], image_.geometry.cluster_bits); });
+  const Geometry& g = image_.geometry;
+  change(slice, {guest, streams.size() << g.cluster_bits}, HostSpace::keep,
+         [&](L2Entry, GuestOffset cluster, uint64_t) {
+           return L2Entry::compressed(streams[(cluster - guest) >> g.cluster_bits], g.cluster_bits);
+         });
 }
 
-void Map::link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters) {
-  change(slice, guest, clusters, HostSpace::keep, [&](uint64_t i, L2Entry) {
-    return L2Entry{image_.geometry.l2.normal(host + i * image_.geometry.cluster_size).raw | kZeroFlag};
+void Map::link(const TableCache::Pin& slice, GuestRange range, HostOffset host) {
+  const Geometry& g = image_.geometry;
+  const uint64_t within = range.begin.bytes() % g.cluster_size;
+  change(slice, range, HostSpace::keep, [&](L2Entry old, GuestOffset cluster, uint64_t subclusters) {
+    L2Entry next = g.l2.normal(host - within + (cluster - (range.begin - within)));
+    if (!g.l2.extended) return next;
+    const uint64_t zero = g.l2.is_compressed(old) ? 0 : old.bitmap >> 32 & ~subclusters;
+    const bool same_host = g.l2.has_host(old) && old.host() == next.host();
+    const uint64_t others = same_host ? old.bitmap & L2Format::kAllSubclusters : 0;
+    next.bitmap = zero << 32 | others | subclusters;
+    return next;
   });
 }
 
-void Map::zero(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, bool keep) {
-  change(slice, guest, clusters, HostSpace::punch, [&](uint64_t, L2Entry old) {
-    return keep && has_host(old.kind()) ? L2Entry{old.raw | kZeroFlag} : image_.geometry.l2.zero_plain();
+void Map::link_zero(const TableCache::Pin& slice, GuestRange range, HostOffset host) {
+  const Geometry& g = image_.geometry;
+  change(slice, range, HostSpace::keep,
+         [&](L2Entry, GuestOffset cluster, uint64_t) { return g.l2.zero_allocated(host + (cluster - range.begin)); });
+}
+
+void Map::zero(const TableCache::Pin& slice, GuestRange range, bool keep) {
+  const Geometry& g = image_.geometry;
+  const uint64_t whole = g.l2.extended ? L2Format::kAllSubclusters : 1;
+  change(slice, range, HostSpace::punch, [&](L2Entry old, GuestOffset, uint64_t subclusters) {
+    const bool keeps = keep && g.l2.has_host(old);
+    if (subclusters == whole && !keeps) return g.l2.zero_plain();
+    if (!g.l2.extended) return L2Entry{old.raw | kZeroFlag, 0};
+    const L2Entry next{old.raw, (old.bitmap & ~subclusters) | subclusters << 32};
+    return next.bitmap == whole << 32 && !keeps ? g.l2.zero_plain() : next;
   });
 }
 
-void Map::unmap(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters) {
-  change(slice, guest, clusters, HostSpace::punch, [](uint64_t, L2Entry) { return L2Entry{}; });
+void Map::unmap(const TableCache::Pin& slice, GuestRange range) {
+  change(slice, range, HostSpace::punch, [](L2Entry, GuestOffset, uint64_t) { return L2Entry{}; });
 }
 
 Map::L1Changes Map::freeze_l1() NO_THREAD_SAFETY_ANALYSIS {
@@ -391,7 +505,7 @@ Result<bool> Map::count_next(uint64_t size) {
   if (L1Entry{l1_[g.l1_index(next)]} != l1) return true;  // copied meanwhile: the next call looks again
   const ConstBytes entries = slice.content();
   uint64_t found = 0;
-  for (uint64_t i = 0; i < g.slice_entries(); ++i) found += entry_at(entries, i).holds_host();
+  for (uint64_t i = 0; i < g.slice_entries(); ++i) found += g.l2.holds_host(g.l2.load(entries, i));
   allocated_ += found * g.cluster_size;
   counted_ += g.slice_coverage();
   return true;

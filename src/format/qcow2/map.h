@@ -16,9 +16,20 @@ namespace imgfuse::qcow2 {
 struct Mapping {
   ClusterKind kind = ClusterKind::unallocated;
   uint64_t length = 0;         ///< guest bytes from the position asked for
-  bool copied = false;         ///< the host clusters are referenced from here only: they may be written in place
-  HostOffset host;             ///< of the position asked for (normal, zero-allocated)
+  HostOffset host;             ///< of the position asked for (normal, zero-allocated, reserved)
   CompressedRange compressed;  ///< (compressed)
+};
+
+/// How a run of guest bytes is to be written: clusters that are this image's alone and neighbours on the host, or
+/// clusters that all need new ones. It does not leave a slice.
+struct WriteRun {
+  uint64_t length = 0;    ///< guest bytes from the position asked for
+  bool in_place = false;  ///< else new host clusters are needed
+  bool linked = false;    ///< in place, and no entry has to change
+  HostOffset host;        ///< of the position asked for (in place)
+  /// Bytes before and behind that have to be written too, with what they read as: the rest of subclusters that get host
+  /// bytes, and what a new cluster must not lose.
+  uint64_t head = 0, tail = 0;
 };
 
 /// Looks guest clusters up and changes what they map to. A mapping is valid under the guest-range lease under which it
@@ -33,20 +44,26 @@ class Map {
   /// The run at the front of `range` (not empty; may stop early at the border of a slice).
   Result<Mapping> lookup(GuestRange range);
 
+  /// How to write the front of `range` (not empty).
+  Result<WriteRun> plan_write(GuestRange range);
+
   /// A slice of an L2 table that may be changed: made, or copied from a table shared with a snapshot, if need be.
   Result<TableCache::Pin> writable_slice(GuestOffset guest) EXCLUDES(tables_);
 
-  /// Changes of one cluster's entry, each under an exclusive lease on its guest range and with the pin that
-  /// writable_slice() gave for it. What the entry gives up goes to quarantine. `clusters` must not leave the slice.
-  void link(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
-  /// As link(), but the clusters read as zeros and keep `host` for later (zero-allocated).
-  void link_zero(const TableCache::Pin& slice, GuestOffset guest, HostOffset host, uint64_t clusters);
+  /// Changes of entries, each under an exclusive lease on the clusters around `range` and with the pin that
+  /// writable_slice() gave for it. What an entry gives up goes to quarantine. `range` must not leave the slice.
+  ///
+  /// The range, whole subclusters, lies at `host`.
+  void link(const TableCache::Pin& slice, GuestRange range, HostOffset host);
+  /// As link(), but whole clusters that read as zeros and keep `host` for later.
+  void link_zero(const TableCache::Pin& slice, GuestRange range, HostOffset host);
   /// Links one cluster to each compressed stream.
   void link_compressed(const TableCache::Pin& slice, GuestOffset guest, std::span<const CompressedRange> streams);
-  /// The clusters read as zeros. `keep` leaves their host clusters allocated where the entry can express that.
-  void zero(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, bool keep);
-  /// The clusters read as they would without an entry (from the backing file).
-  void unmap(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters);
+  /// The range, whole subclusters, reads as zeros; no compressed cluster may be cut. `keep` leaves the host clusters
+  /// allocated where the entry can express that.
+  void zero(const TableCache::Pin& slice, GuestRange range, bool keep);
+  /// Whole clusters read as they would without an entry (from the backing file).
+  void unmap(const TableCache::Pin& slice, GuestRange range);
 
   /// L1 entries changed since the last call, frozen at a cut. Under Image::mutex, exclusive.
   struct L1Changes {
@@ -91,9 +108,16 @@ class Map {
   Result<> check_in_file(L1Entry l1, uint64_t index) const EXCLUDES(image_.mutex);
   Result<> check_entry(L2Entry entry, GuestOffset guest) const REQUIRES_SHARED(image_.mutex);
   Result<Mapping> read_run(ConstBytes slice, uint64_t index, GuestRange range) const REQUIRES_SHARED(image_.mutex);
+  Result<WriteRun> write_run(ConstBytes slice, uint64_t index, GuestRange range, bool table_copied) const
+      REQUIRES_SHARED(image_.mutex);
+  /// Calls `look(slice, index, l1)` with the metadata lock shared, or `nothing()` where there is no L2 table.
+  template <class Look, class Nothing>
+  auto look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(nothing());
+  uint64_t touched(GuestRange range, GuestOffset cluster) const;
+  GuestRange around(GuestRange range, L2Entry first, L2Entry last) const;
   Result<> make_table(uint64_t l1_index) EXCLUDES(tables_);
   template <class Change>
-  void change(const TableCache::Pin& slice, GuestOffset guest, uint64_t clusters, HostSpace space, Change&& entry_for);
+  void change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Change&& entry_for);
   void give_up(L2Entry entry, HostSpace space) REQUIRES(image_.mutex);
 
   Image& image_;

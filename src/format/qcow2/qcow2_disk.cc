@@ -17,6 +17,7 @@ constexpr unsigned kMaxMapLookups = 4096;
 
 Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters)
     : storage_(std::move(storage)),
+      data_(storage_),
       header_(std::move(header)),
       read_only_(parameters.read_only),
       compress_(parameters.compress.has_value() && !read_only_),
@@ -89,7 +90,7 @@ Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
     const Bytes part = out.first(run.length);
     switch (run.kind) {
       case ClusterKind::normal:
-        IMG_TRY(storage_->read(run.host, part));
+        IMG_TRY(data_->read(run.host, part));
         break;
       case ClusterKind::zero_plain:
       case ClusterKind::zero_allocated:
@@ -263,6 +264,7 @@ Result<> Qcow2Disk::do_close() {
   if (backing_)
     if (Result<> below = backing_->close(); result && !below) result = std::move(below);
   backing_.reset();
+  data_.reset();
   storage_.reset();  // and with it the image's locks
   hold_.reset();
   return result;

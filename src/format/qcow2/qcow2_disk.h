@@ -68,24 +68,27 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> read_stream(CompressedRange stream, Bytes cluster);
   Result<> write_runs(GuestOffset offset, ConstBytes data);
   Result<size_t> write_in_place(GuestOffset offset, ConstBytes data);
-  Result<size_t> write_run(const Mapping& mapping, GuestOffset offset, ConstBytes data);
+  Result<size_t> write_run(const WriteRun& run, GuestOffset offset, ConstBytes data);
   Result<Reservation> reserve(uint64_t clusters);
-  Result<size_t> write_new_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
-  Result<size_t> write_reserved_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data);
-  Result<> write_around(const Mapping& old, HostOffset host, GuestOffset offset, ConstBytes data, bool host_is_zero);
+  Result<Reservation> reserve_for(GuestRange clusters);
+  Result<size_t> write_new_clusters(const TableCache::Pin& slice, const WriteRun& run, GuestOffset offset,
+                                    ConstBytes data);
+  Result<> write_around(GuestRange filled, HostOffset host, GuestOffset offset, ConstBytes data, bool host_is_zero);
   Result<> write_clusters(GuestOffset offset, std::span<const EncodedCluster> clusters);
   Result<> write_streams(GuestOffset guest, std::span<const EncodedCluster> streams);
   Result<PackedReservation> reserve_packed(std::span<const EncodedCluster> streams);
   Result<> zero_range(GuestRange range, Zeroing zeroing);
   Result<> zero_part(GuestRange range);
-  Result<> zero_clusters(GuestRange range, Zeroing zeroing);
+  Result<> zero_subclusters(GuestRange range, Zeroing zeroing);
   Result<uint64_t> zero_run(const Mapping& mapping, GuestRange range, Zeroing zeroing);
+  Result<> zero_data_file(GuestRange range, bool keep);
   Result<> overwrite_with_zeroes(GuestRange range);
   Result<> forget_clusters(GuestRange range);
   Result<> populate_range(GuestRange range);
   Result<uint64_t> populate_run(const Mapping& mapping, GuestRange range);
 
   bool reads_zero(const Mapping& mapping, GuestRange range) const;
+  Result<bool> reads_zero(GuestRange range);
   Result<> relieve();
   Result<> write_out();
   Result<> clear_autoclear_bits();
@@ -93,7 +96,8 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> write_size(uint64_t size);
 
   std::shared_ptr<Storage> storage_;
-  Header header_;  // as opened; fields that change live elsewhere
+  std::shared_ptr<Storage> data_;  // where guest data lies: the image file or an external data file
+  Header header_;                  // as opened; fields that change live elsewhere
   const bool read_only_;
   const bool compress_;  // whole clusters that the guest writes
   std::atomic<uint64_t> size_;

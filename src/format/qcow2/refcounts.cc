@@ -133,7 +133,10 @@ uint64_t Refcounts::first_free(const Slice& slice, uint64_t cluster) const {
 }
 
 void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) {
-  set_refcount(image_.tables.edit(slice.pin, kCountStage), cluster - slice.first, image_.geometry.refcount_bits, value);
+  const uint32_t bits = image_.geometry.refcount_bits;
+  const uint64_t index = cluster - slice.first;
+  const Bytes counts = image_.tables.edit(slice.pin, kCountStage, index * bits / 8, divide_up(bits, 8));
+  set_refcount(counts, index, bits, value);
 }
 
 uint64_t Refcounts::blocks_at_once() const {

@@ -47,7 +47,7 @@ Result<> Qcow2Disk::write_plain(GuestOffset offset, ConstBytes data) {
 /// Writes under an exclusive lease.
 Result<> Qcow2Disk::write_runs(GuestOffset offset, ConstBytes data) {
   while (!data.empty()) {
-    IMG_LET(const Mapping run, map_.lookup({offset, data.size()}));
+    IMG_LET(const WriteRun run, map_.plan_write({offset, data.size()}));
     IMG_LET(const size_t written, write_run(run, offset, data.first(run.length)));
     offset = offset + written;
     data = data.subspan(written);
@@ -55,27 +55,31 @@ Result<> Qcow2Disk::write_runs(GuestOffset offset, ConstBytes data) {
   return {};
 }
 
-/// Writes the leading runs that are this image's alone; stops at the first that needs new clusters.
+/// Writes the leading runs that need no change of an entry.
 Result<size_t> Qcow2Disk::write_in_place(GuestOffset offset, ConstBytes data) {
   size_t written = 0;
   while (written < data.size()) {
-    IMG_LET(const Mapping run, map_.lookup({offset + written, data.size() - written}));
-    if (run.kind != ClusterKind::normal || !run.copied) break;
-    IMG_TRY(storage_->write(run.host, data.subspan(written, run.length)));
+    IMG_LET(const WriteRun run, map_.plan_write({offset + written, data.size() - written}));
+    if (!run.linked) break;
+    IMG_TRY(data_->write(run.host, data.subspan(written, run.length)));
     written += run.length;
   }
   return written;
 }
 
-/// Writes one run under an exclusive lease; returns how much of it, at least one cluster's worth.
-Result<size_t> Qcow2Disk::write_run(const Mapping& mapping, GuestOffset offset, ConstBytes data) {
-  if (mapping.kind == ClusterKind::normal && mapping.copied) {
-    IMG_TRY(storage_->write(mapping.host, data));
+/// Writes one run under an exclusive lease; returns how much of it, at least up to the next cluster.
+Result<size_t> Qcow2Disk::write_run(const WriteRun& run, GuestOffset offset, ConstBytes data) {
+  if (run.linked) {
+    IMG_TRY(data_->write(run.host, data));
     return data.size();
   }
-  if (mapping.kind == ClusterKind::zero_allocated && mapping.copied)
-    return write_reserved_clusters(mapping, offset, data);
-  return write_new_clusters(mapping, offset, data);
+  IMG_LET(const TableCache::Pin slice, map_.writable_slice(offset));
+  if (!run.in_place) return write_new_clusters(slice, run, offset, data);
+  // The clusters hold old bytes where they are not linked.
+  const GuestRange filled{offset - run.head, run.head + data.size() + run.tail};
+  IMG_TRY(write_around(filled, run.host - run.head, offset, data, false));
+  map_.link(slice, filled, run.host - run.head);
+  return data.size();
 }
 
 /// A full device may have room when the quarantine is released.
@@ -87,49 +91,61 @@ Result<Reservation> Qcow2Disk::reserve(uint64_t clusters) {
   return allocator_.reserve(clusters);
 }
 
-Result<size_t> Qcow2Disk::write_new_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data) {
+/// Host clusters for guest clusters: in a data file each has its place.
+Result<Reservation> Qcow2Disk::reserve_for(GuestRange clusters) {
+  const Geometry& g = image_.geometry;
+  const uint64_t count = clusters.length >> g.cluster_bits;
+  if (g.l2.data_file) return Reservation::fixed(HostOffset(clusters.begin.bytes()), count);
+  return reserve(count);
+}
+
+Result<size_t> Qcow2Disk::write_new_clusters(const TableCache::Pin& slice, const WriteRun& run, GuestOffset offset,
+                                             ConstBytes data) {
   const Geometry& g = image_.geometry;
   const GuestRange clusters = round_out({offset, data.size()}, g.cluster_size);
-  IMG_LET(const TableCache::Pin slice, map_.writable_slice(offset));
-  // lookup() stops at slice borders only where there is a table, so a run without one may be longer.
-  const uint64_t in_slice = g.slice_coverage() - clusters.begin.bytes() % g.slice_coverage();
-  IMG_LET(Reservation reservation, reserve(std::min(clusters.length, in_slice) >> g.cluster_bits));
+  IMG_LET(Reservation reservation, reserve_for(clusters));
 
   const uint64_t room = (reservation.clusters() << g.cluster_bits) - (offset - clusters.begin);
-  data = data.first(std::min(data.size(), room));
-  IMG_TRY(write_around(mapping, reservation.host(), offset, data, reservation.fresh()));
-  map_.link(slice, clusters.begin, reservation.host(), reservation.clusters());
+  const bool fits = data.size() <= room;
+  if (!fits) data = data.first(room);
+  const GuestRange filled{offset - run.head, run.head + data.size() + (fits ? run.tail : 0)};
+  const HostOffset host = reservation.host() + (filled.begin - clusters.begin);
+  IMG_TRY(write_around(filled, host, offset, data, reservation.fresh()));
+  map_.link(slice, filled, host);
   reservation.commit();
   return data.size();
 }
 
-/// Zero clusters that kept their host clusters: the rest of what is touched holds old bytes and is zeroed.
-Result<size_t> Qcow2Disk::write_reserved_clusters(const Mapping& mapping, GuestOffset offset, ConstBytes data) {
-  const Geometry& g = image_.geometry;
-  const GuestRange clusters = round_out({offset, data.size()}, g.cluster_size);
-  IMG_LET(const TableCache::Pin slice, map_.writable_slice(offset));
-  const HostOffset host = mapping.host - (offset - clusters.begin);
-  IMG_TRY(write_around(mapping, host, offset, data, false));
-  map_.link(slice, clusters.begin, host, clusters.length >> g.cluster_bits);
-  return data.size();
+/// Fills `filled` at `host` in one host write: `data`, and around it what the disk reads as until now.
+Result<> Qcow2Disk::write_around(GuestRange filled, HostOffset host, GuestOffset offset, ConstBytes data,
+                                 bool host_is_zero) {
+  const GuestRange head{filled.begin, offset - filled.begin};
+  const GuestRange tail{offset + data.size(), filled.end() - (offset + data.size())};
+  IMG_LET(const bool zero_head, reads_zero(head));
+  IMG_LET(const bool zero_tail, reads_zero(tail));
+  if (zero_head && zero_tail && host_is_zero) return data_->write(host + head.length, data);
+  const Bytes around = scratch(zero_head && zero_tail ? 0 : head.length + tail.length);
+  ConstBytes before = zeroes(zero_head ? head.length : 0);
+  ConstBytes after = zeroes(zero_tail ? tail.length : 0);
+  if (!zero_head) {
+    before = around.first(head.length);
+    IMG_TRY(read_range(head.begin, around.first(head.length)));
+  }
+  if (!zero_tail) {
+    after = around.subspan(head.length);
+    IMG_TRY(read_range(tail.begin, around.subspan(head.length)));
+  }
+  return data_->write(host, std::array{before, data, after});
 }
 
-/// Fills whole clusters at `host` in one host write: `data`, and around it what the clusters read as until now.
-Result<> Qcow2Disk::write_around(const Mapping& old, HostOffset host, GuestOffset offset, ConstBytes data,
-                                 bool host_is_zero) {
-  const GuestRange clusters = round_out({offset, data.size()}, image_.geometry.cluster_size);
-  const GuestRange head{clusters.begin, offset - clusters.begin};
-  const GuestRange tail{offset + data.size(), clusters.end() - (offset + data.size())};
-  if (reads_zero(old, clusters)) {
-    if (host_is_zero) return storage_->write(host + head.length, data);
-    return storage_->write(host, std::array{zeroes(head.length), data, zeroes(tail.length)});
+/// True only if no byte has to be read to know it.
+Result<bool> Qcow2Disk::reads_zero(GuestRange range) {
+  while (!range.empty()) {
+    IMG_LET(const Mapping run, map_.lookup(range));
+    if (!reads_zero(run, {range.begin, run.length})) return false;
+    range = {range.begin + run.length, range.length - run.length};
   }
-  const Bytes around = scratch(head.length + tail.length);
-  const Bytes before = around.first(head.length);
-  const Bytes after = around.subspan(head.length);
-  if (!before.empty()) IMG_TRY(read_range(head.begin, before));
-  if (!after.empty()) IMG_TRY(read_range(tail.begin, after));
-  return storage_->write(host, std::array<ConstBytes, 3>{before, data, after});
+  return true;
 }
 
 /// Asks for a flush cycle when too much is dirty or waits to be freed. Called without a lease.
@@ -159,56 +175,77 @@ Result<> Qcow2Disk::zero_range(GuestRange range, Zeroing zeroing) {
   // The cluster that the end of the disk cuts counts as whole.
   if (range.end().bytes() == do_size())
     range.length = round_out(range, image_.geometry.cluster_size).end() - range.begin;
-  const Pieces pieces = split(range, image_.geometry.cluster_size);
+  const Pieces pieces = split(range, image_.geometry.subcluster_size);
   IMG_TRY(zero_part(pieces.head));
-  IMG_TRY(zero_clusters(pieces.whole, zeroing));
+  IMG_TRY(zero_subclusters(pieces.whole, zeroing));
   return zero_part(pieces.tail);
 }
 
-/// Part of one cluster.
+/// Part of one subcluster.
 Result<> Qcow2Disk::zero_part(GuestRange range) {
-  if (range.empty()) return {};
-  IMG_LET(const Mapping run, map_.lookup(range));
-  return reads_zero(run, range) ? Result<>{} : overwrite_with_zeroes(range);
+  IMG_LET(const bool zero, reads_zero(range));
+  return zero ? Result<>{} : overwrite_with_zeroes(range);
 }
 
-Result<> Qcow2Disk::zero_clusters(GuestRange range, Zeroing zeroing) {
+Result<> Qcow2Disk::zero_subclusters(GuestRange range, Zeroing zeroing) {
+  const uint64_t cluster_size = image_.geometry.cluster_size;
   while (!range.empty()) {
     IMG_LET(const Mapping run, map_.lookup(range));
-    IMG_LET(const uint64_t done, zero_run(run, {range.begin, run.length}, zeroing));
+    const uint64_t left_in_cluster = cluster_size - range.begin.bytes() % cluster_size;
+    // Whole clusters of one kind together; else what is asked of this cluster.
+    const bool whole = left_in_cluster == cluster_size && run.length >= cluster_size;
+    const uint64_t piece = whole ? round_down(run.length, cluster_size) : std::min(range.length, left_in_cluster);
+    IMG_LET(const uint64_t done, zero_run(run, {range.begin, piece}, zeroing));
     range = {range.begin + done, range.length - done};
   }
   return {};
 }
 
-/// Whole clusters of one kind; returns how many bytes of the run are done.
+/// Whole clusters of one kind, or subclusters of one cluster of which `mapping` is the first; returns how many bytes of
+/// the range are done.
 Result<uint64_t> Qcow2Disk::zero_run(const Mapping& mapping, GuestRange range, Zeroing zeroing) {
   const Geometry& g = image_.geometry;
   const bool keep = zeroing == Zeroing::keep_allocation;
-  if (reads_zero(mapping, range) && (keep || mapping.kind != ClusterKind::zero_allocated)) return range.length;
-  if (!g.has_zero_flag() && (keep || backing_)) {
+  const bool holds_host = mapping.kind == ClusterKind::zero_allocated || mapping.kind == ClusterKind::reserved;
+  const bool cut = range.length % g.cluster_size != 0;
+  if ((keep || cut || !holds_host) && mapping.length >= range.length && reads_zero(mapping, range)) return range.length;
+  if ((!g.has_zero_flag() && (keep || backing_)) || (cut && mapping.kind == ClusterKind::compressed)) {
     IMG_TRY(overwrite_with_zeroes(range));
     return range.length;
   }
   IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
-  const uint64_t length = std::min(range.length, g.slice_coverage() - range.begin.bytes() % g.slice_coverage());
+  range.length = std::min(range.length, g.slice_coverage() - range.begin.bytes() % g.slice_coverage());
+  if (g.l2.data_file) IMG_TRY(zero_data_file(range, keep));
   if (g.has_zero_flag()) {
-    map_.zero(slice, range.begin, length >> g.cluster_bits, keep);
+    map_.zero(slice, range, keep);
   } else {
-    map_.unmap(slice, range.begin, length >> g.cluster_bits);
+    map_.unmap(slice, range);
   }
-  return length;
+  return range.length;
+}
+
+/// A raw data file reads as the disk does. In another one the bytes do not matter, but their space may be given back;
+/// at once, since what is written here later goes to the same place.
+Result<> Qcow2Disk::zero_data_file(GuestRange range, bool keep) {
+  const HostRange there{HostOffset(range.begin.bytes()), std::min(range.length, do_size() - range.begin.bytes())};
+  if (header_.autoclear & kRawDataFile) return data_->write_zeroes(there);
+  if (!keep) (void)data_->discard(there);
+  return {};
 }
 
 Result<> Qcow2Disk::overwrite_with_zeroes(GuestRange range) {
   while (!range.empty()) {
-    const uint64_t wanted = std::min<uint64_t>(range.length, kZeroesSize);
-    IMG_LET(const Mapping run, map_.lookup({range.begin, wanted}));
-    uint64_t done = run.length;
-    if (run.kind == ClusterKind::normal && run.copied) {
-      IMG_TRY(storage_->write_zeroes({run.host, run.length}));
-    } else if (!reads_zero(run, {range.begin, run.length})) {
-      IMG_LET(done, write_run(run, range.begin, zeroes(run.length)));
+    IMG_LET(const Mapping mapping, map_.lookup({range.begin, std::min<uint64_t>(range.length, kZeroesSize)}));
+    const GuestRange part{range.begin, mapping.length};
+    uint64_t done = part.length;
+    if (!reads_zero(mapping, part)) {
+      IMG_LET(const WriteRun run, map_.plan_write(part));
+      done = run.length;
+      if (run.linked) {
+        IMG_TRY(data_->write_zeroes({run.host, run.length}));
+      } else {
+        IMG_LET(done, write_run(run, range.begin, zeroes(run.length)));
+      }
     }
     range = {range.begin + done, range.length - done};
   }
@@ -279,19 +316,24 @@ Result<uint64_t> Qcow2Disk::populate_run(const Mapping& mapping, GuestRange rang
   if (mapping.kind == ClusterKind::compressed || mapping.kind == ClusterKind::normal ||
       mapping.kind == ClusterKind::zero_allocated)
     return range.length;
-  if (!reads_zero(mapping, range) || !g.has_zero_flag()) {
+  const uint64_t disk_end = do_size();
+  const GuestRange clusters = round_out(range, g.cluster_size);
+  const bool whole =
+      clusters.begin == range.begin && (clusters.end() == range.end() || range.end().bytes() == disk_end);
+  const bool links_zero = reads_zero(mapping, range) && g.has_zero_flag() && whole;
+  if (!links_zero || mapping.kind == ClusterKind::reserved) {
     Buffer content(std::min<uint64_t>(range.length, g.cluster_size));
     IMG_TRY(read_range(range.begin, content.bytes()));
-    IMG_LET(const size_t done, write_run(mapping, range.begin, content.bytes()));
+    IMG_LET(const WriteRun run, map_.plan_write({range.begin, content.bytes().size()}));
+    IMG_LET(const size_t done, write_run(run, range.begin, content.bytes().first(run.length)));
     return done;
   }
   IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
-  const GuestRange clusters = round_out(range, g.cluster_size);
   const uint64_t in_slice = g.slice_coverage() - clusters.begin.bytes() % g.slice_coverage();
-  IMG_LET(Reservation reservation, reserve(std::min(clusters.length, in_slice) >> g.cluster_bits));
+  IMG_LET(Reservation reservation, reserve_for({clusters.begin, std::min(clusters.length, in_slice)}));
   const uint64_t length = reservation.clusters() << g.cluster_bits;
-  IMG_TRY(storage_->allocate({reservation.host(), length}));
-  map_.link_zero(slice, clusters.begin, reservation.host(), reservation.clusters());
+  IMG_TRY(data_->allocate({reservation.host(), length}));
+  map_.link_zero(slice, {clusters.begin, length}, reservation.host());
   reservation.commit();
   return std::min(length, range.length);
 }

@@ -30,7 +30,7 @@ std::byte first_byte(const TableCache::Pin& pin) { return pin.content()[0]; }
 
 void set_first_byte(TableCache& cache, uint64_t index, std::byte value, unsigned stage = 0) {
   const auto pin = must(cache.pin(table(index)));
-  cache.edit(pin, stage)[0] = value;
+  cache.edit(pin, stage, 0, 1)[0] = value;
 }
 
 std::byte stored(MemStorage& storage, uint64_t index) {
