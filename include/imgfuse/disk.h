@@ -17,10 +17,11 @@ class Snapshots;
 
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
 struct DiskInfo {
-  std::string name;           ///< the image's path, for messages
-  std::string format;         ///< "raw", "qcow2"
-  uint64_t size = 0;          ///< virtual size in bytes
-  uint32_t cluster_size = 0;  ///< unit of allocation in bytes, a power of two; raw: 4096
+  std::string name;              ///< the image's path, for messages
+  std::string format;            ///< "raw", "qcow2"
+  uint64_t size = 0;             ///< virtual size in bytes
+  uint32_t cluster_size = 0;     ///< unit of allocation in bytes, a power of two; raw: 4096
+  uint32_t subcluster_size = 0;  ///< unit in which clusters are filled and discarded; 0: the cluster size
   bool read_only = true;
 };
 
@@ -121,7 +122,7 @@ class Disk {
 
   Result<> check_range(GuestOffset offset, uint64_t length) const;
   Result<> check_writable() const;
-  GuestRange whole_clusters(GuestRange range) const;
+  GuestRange whole_units(GuestRange range, uint32_t unit) const;
   /// Ends a change: flushes it in write-through mode.
   Result<> finish(Result<> change);
 

@@ -15,12 +15,11 @@ Result<> Disk::check_writable() const {
   return {};
 }
 
-/// The cluster that the end of the disk cuts counts as whole.
-GuestRange Disk::whole_clusters(GuestRange range) const {
-  const DiskInfo disk = do_info();
-  const uint64_t mask = disk.cluster_size - 1;
+/// The unit that the end of the disk cuts counts as whole.
+GuestRange Disk::whole_units(GuestRange range, uint32_t unit) const {
+  const uint64_t mask = unit - 1;
   const uint64_t begin = (range.begin.bytes() + mask) & ~mask;
-  const uint64_t end = range.end().bytes() == disk.size ? disk.size : range.end().bytes() & ~mask;
+  const uint64_t end = range.end().bytes() == do_size() ? do_size() : range.end().bytes() & ~mask;
   return {GuestOffset(begin), end > begin ? end - begin : 0};
 }
 
@@ -51,14 +50,15 @@ Result<> Disk::write_zeroes(GuestRange range, Zeroing zeroing) {
 Result<> Disk::discard(GuestRange range) {
   IMG_TRY(check_range(range.begin, range.length));
   IMG_TRY(check_writable());
-  const GuestRange clusters = whole_clusters(range);
-  return clusters.empty() ? Result<>{} : finish(do_write_zeroes(clusters, Zeroing::may_free));
+  const DiskInfo disk = do_info();
+  const GuestRange units = whole_units(range, disk.subcluster_size != 0 ? disk.subcluster_size : disk.cluster_size);
+  return units.empty() ? Result<>{} : finish(do_write_zeroes(units, Zeroing::may_free));
 }
 
 Result<> Disk::forget(GuestRange range) {
   IMG_TRY(check_range(range.begin, range.length));
   IMG_TRY(check_writable());
-  const GuestRange clusters = whole_clusters(range);
+  const GuestRange clusters = whole_units(range, do_info().cluster_size);
   return clusters.empty() ? Result<>{} : finish(do_forget(clusters));
 }
 

@@ -16,6 +16,7 @@ MemImage make_qcow2(const Qcow2Spec& spec) {
   options.cluster_size = spec.cluster_size;
   options.refcount_bits = spec.refcount_bits;
   options.version = spec.version;
+  options.extended_l2 = spec.extended_l2;
   options.backing_file = spec.backing;
   options.compression_type = spec.compression;
   if (spec.backing) options.backing_format = "raw";

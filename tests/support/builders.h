@@ -20,6 +20,7 @@ struct Qcow2Spec {
   uint32_t version = 3;
   std::optional<std::string> backing;  ///< name of a raw backing file
   std::string compression = "zlib";
+  bool extended_l2 = false;
 };
 
 /// A fresh qcow2 image.

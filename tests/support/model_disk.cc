@@ -22,9 +22,10 @@ uint64_t hash_sector(const std::byte* bytes) {
 }
 
 /// What Disk::discard() promises to zero.
-GuestRange discarded(GuestRange range, uint64_t cluster_size, uint64_t disk_size) {
-  const uint64_t begin = round_up(range.begin.bytes(), cluster_size);
-  const uint64_t end = range.end().bytes() == disk_size ? disk_size : round_down(range.end().bytes(), cluster_size);
+GuestRange discarded(GuestRange range, const DiskInfo& disk, uint64_t disk_size) {
+  const uint64_t unit = disk.subcluster_size != 0 ? disk.subcluster_size : disk.cluster_size;
+  const uint64_t begin = round_up(range.begin.bytes(), unit);
+  const uint64_t end = range.end().bytes() == disk_size ? disk_size : round_down(range.end().bytes(), unit);
   return {GuestOffset(begin), end > begin ? end - begin : 0};
 }
 
@@ -182,7 +183,7 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
     case 0:
       break;
     case 1: {  // whole clusters, if the window begins with one
-      const uint64_t unit = workload.cluster_size;
+      const uint64_t unit = workload.subclusters && rng.one_in(2) ? workload.cluster_size / 32 : workload.cluster_size;
       begin = round_down(begin, unit);
       length = std::min(round_up(length, unit), window.length - begin);
       break;
@@ -203,7 +204,7 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
   }
   if (kind <= 2 && workload.discards) {
     what = fmt::format("discard {:#x}+{:#x}", range.begin.bytes(), length);
-    model.zero(discarded(range, disk.info().cluster_size, model.disk_size()));
+    model.zero(discarded(range, disk.info(), model.disk_size()));
     return disk.discard(range);
   }
   if (kind == 3 && workload.populate && rng.one_in(3)) {

@@ -67,6 +67,7 @@ class ModelDisk {
 /// How often each kind of request comes, and how large.
 struct Workload {
   uint64_t cluster_size = 65536;
+  bool subclusters = false;  ///< requests follow these borders as well
   bool zeroing = true;
   bool discards = true;
   bool populate = true;

@@ -145,8 +145,7 @@ void OrderStorage::start_epoch() {
                  view_->references().end(), std::back_inserter(possible_));
   for (const Reference& reference : possible_)
     least_[reference.cluster] = std::min(durable->count(reference.cluster), view_->count(reference.cluster));
-  std::erase_if(fills_,
-                [&](const auto& fill) REQUIRES(mutex_) { return fill.second.shown && !shows_content(fill.first); });
+  std::erase_if(fills_, [&](const auto& fill) REQUIRES(mutex_) { return fill.second.shown && !shows(fill.first); });
 }
 
 template <class F>
@@ -156,9 +155,10 @@ void OrderStorage::for_each_possible(uint64_t cluster, F f) const {
     f(*at);
 }
 
-bool OrderStorage::shows_content(uint64_t cluster) const {
+bool OrderStorage::shows(uint64_t part) const {
+  const uint64_t parts = view_->parts();
   bool shown = false;
-  for_each_possible(cluster, [&](const Reference& reference) { shown |= reference.content; });
+  for_each_possible(part / parts, [&](const Reference& reference) { shown |= reference.shown >> part % parts & 1; });
   return shown;
 }
 
@@ -168,11 +168,9 @@ void OrderStorage::check_targets(const Change& change, bool discards) {
   if (change.length == 0) return;
   const uint64_t size = view_->cluster_size();
   const std::vector<Reference>& current = view_->references();
-  const auto still_there = [&](const Reference& reference) {
-    Reference other = reference;
-    other.content = !reference.content;  // a zero cluster may come to show its content, and the reverse
-    return std::binary_search(current.begin(), current.end(), reference) ||
-           std::binary_search(current.begin(), current.end(), other);
+  const auto still_there = [&](const Reference& reference) {  // whatever it shows of the cluster
+    const auto at = std::lower_bound(current.begin(), current.end(), Reference{reference.cluster, reference.owner, 0});
+    return at != current.end() && at->cluster == reference.cluster && at->owner == reference.owner;
   };
   for (uint64_t cluster = change.offset / size; cluster <= (change.offset + change.length - 1) / size; ++cluster)
     for_each_possible(cluster, [&](const Reference& reference) {
@@ -191,18 +189,17 @@ void OrderStorage::check_targets(const Change& change, bool discards) {
     });
 }
 
-/// Remembers the first change that leaves nothing of a cluster's former content, from when nobody could see it.
+/// Remembers the first change that leaves nothing of a part's former content, from when nobody could see it.
 void OrderStorage::note_fills(const Change& change) {
   if (change.length == 0) return;
-  const uint64_t size = view_->cluster_size();
+  const uint64_t size = view_->part_size();
   const uint64_t end = change.offset + change.length;
-  for (uint64_t cluster = change.offset / size; cluster <= (end - 1) / size; ++cluster) {
-    if (shows_content(cluster) || fills_.contains(cluster)) continue;
-    const uint64_t from = std::max(change.offset, cluster * size);
-    const uint64_t to = std::min(end, (cluster + 1) * size);
-    if (reads_zero(current_, cluster * size, from - cluster * size) &&
-        reads_zero(current_, to, (cluster + 1) * size - to))
-      fills_[cluster].change = change.number;
+  for (uint64_t part = change.offset / size; part <= (end - 1) / size; ++part) {
+    if (shows(part) || fills_.contains(part)) continue;
+    const uint64_t from = std::max(change.offset, part * size);
+    const uint64_t to = std::min(end, (part + 1) * size);
+    if (reads_zero(current_, part * size, from - part * size) && reads_zero(current_, to, (part + 1) * size - to))
+      fills_[part].change = change.number;
   }
 }
 
@@ -233,7 +230,8 @@ void OrderStorage::check_metadata(const Change& change) {
   std::set_difference(view_->references().begin(), view_->references().end(), possible_.begin(), possible_.end(),
                       std::back_inserter(fresh));
   for (const Reference& reference : fresh)
-    if (reference.content) check_shown(reference);
+    for (uint64_t part = 0; part < view_->parts(); ++part)
+      if (reference.shown >> part & 1) check_shown(reference, part);
 
   const size_t old_size = possible_.size();
   possible_.insert(possible_.end(), fresh.begin(), fresh.end());
@@ -293,16 +291,16 @@ void OrderStorage::check_counts() {
   }
 }
 
-/// I2, I3, I6: what a new pointer shows was written since the cluster was last seen, and flushed.
-void OrderStorage::check_shown(const Reference& reference) {
-  if (reference.is_stream()) return check_stream_shown(reference);
+/// I2, I3, I6: what a new pointer shows was written since it was last seen, and flushed.
+void OrderStorage::check_shown(const Reference& reference, uint64_t part) {
   bool seen = false;
-  bool kept = false;  // by the same owner, as a zero cluster
+  bool kept = false;  // by the same owner, as zeros
   for_each_possible(reference.cluster, [&](const Reference& other) {
-    seen |= other.content;
+    seen |= other.shown >> part & 1;
     kept |= other.owner == reference.owner;
   });
-  const auto fill = fills_.find(reference.cluster);
+  const uint64_t in_file = reference.cluster * view_->parts() + part;
+  const auto fill = fills_.find(in_file);
   if (fill != fills_.end()) {
     if (fill->second.change && !seen)
       violation(fmt::format("{}: {} points at cluster {}, whose content is not flushed",
@@ -310,9 +308,8 @@ void OrderStorage::check_shown(const Reference& reference) {
     fill->second.shown = true;
     return;
   }
-  const uint64_t size = view_->cluster_size();
-  const bool zeros =
-      reads_zero(durable_, reference.cluster * size, size) && reads_zero(current_, reference.cluster * size, size);
+  const uint64_t size = view_->part_size();
+  const bool zeros = reads_zero(durable_, in_file * size, size) && reads_zero(current_, in_file * size, size);
   if (!seen && !kept && !zeros)
     violation(fmt::format("I4: {} points at cluster {}, which still holds what it held before it was freed",
                           reference.owner.text(), reference.cluster));

@@ -61,10 +61,10 @@ class OrderStorage final : public Storage {
     bool returned = false;
   };
   using Changes = std::list<Change>;
-  /// The first change that filled a cluster since nobody could see what it holds.
+  /// The first change that filled a part of a cluster since nobody could see what it holds.
   struct Fill {
     uint64_t change = 0;  // its number; 0: durable
-    bool shown = false;   // something points at the cluster
+    bool shown = false;   // something shows it
   };
 
   template <class Call>
@@ -80,9 +80,10 @@ class OrderStorage final : public Storage {
   void check_counts() REQUIRES(mutex_);
   void check_shown(const Reference& reference) REQUIRES(mutex_);
   void check_stream_shown(const Reference& reference) REQUIRES(mutex_);
+  void check_shown(const Reference& reference, uint64_t part) REQUIRES(mutex_);
   void give_up(Changes::iterator change, std::vector<std::byte> left) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
-  bool shows_content(uint64_t cluster) const REQUIRES(mutex_);
+  bool shows(uint64_t part) const REQUIRES(mutex_);
   template <class F>
   void for_each_possible(uint64_t cluster, F f) const REQUIRES(mutex_);
   void violation(const std::string& text) const;
@@ -100,7 +101,7 @@ class OrderStorage final : public Storage {
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
   std::map<uint64_t, uint64_t> switched_ GUARDED_BY(mutex_);  // counts that become durable with the pointer to them
-  std::map<uint64_t, Fill> fills_ GUARDED_BY(mutex_);         // by cluster
+  std::map<uint64_t, Fill> fills_ GUARDED_BY(mutex_);         // by part: cluster times parts of a cluster
 };
 
 }  // namespace imgfuse::test

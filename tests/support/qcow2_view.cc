@@ -54,13 +54,14 @@ std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   view.cluster_bits_ = load<uint32_t>(image, 20);
   if (view.version_ < 2 || view.version_ > 3 || view.cluster_bits_ < 9 || view.cluster_bits_ > 21) return std::nullopt;
   const uint64_t features = view.version_ == 3 ? load<uint64_t>(image, 72) : 0;
-  if (features & 16) return std::nullopt;
+  view.extended_l2_ = (features & 16) != 0;
+  view.data_file_ = (features & 4) != 0;
   view.dirty_ = (features & 3) != 0;
   view.refcount_bits_ = 1u << (view.version_ == 3 ? load<uint32_t>(image, 96) : 4);
   view.refcount_table_ = load<uint64_t>(image, 48);
   view.refcount_table_bytes_ = uint64_t{load<uint32_t>(image, 56)} << view.cluster_bits_;
 
-  view.references_.push_back({0, {}, true});
+  view.references_.push_back({0, {}, view.all_parts()});
   view.read_refcounts(image);
   view.read_l1(image, load<uint64_t>(image, 40), load<uint32_t>(image, 36), 0);
   view.read_snapshots(image, load<uint64_t>(image, 64), load<uint32_t>(image, 60));
@@ -73,7 +74,7 @@ void Qcow2View::add_table(uint64_t offset, uint64_t bytes, Owner::Kind kind, uin
   if (offset % cluster_size() != 0)
     problems_.push_back(fmt::format("{} at {:#x}", Owner{kind, snapshot, 0}.text(), offset));
   for (uint64_t i = 0; i < divide_up(bytes, cluster_size()); ++i)
-    references_.push_back({(offset >> cluster_bits_) + i, {kind, snapshot, i}, true});
+    references_.push_back({(offset >> cluster_bits_) + i, {kind, snapshot, i}, all_parts()});
 }
 
 void Qcow2View::read_refcounts(const MemImage& image) {
@@ -110,15 +111,21 @@ void Qcow2View::read_l1(const MemImage& image, uint64_t offset, uint64_t entries
       problems_.push_back(fmt::format("L1 entry {} is {:#x}", index, entry));
       return;
     }
-    references_.push_back({table >> cluster_bits_, {Owner::Kind::l2_table, snapshot, index}, true});
+    references_.push_back({table >> cluster_bits_, {Owner::Kind::l2_table, snapshot, index}, all_parts()});
     if (snapshot == 0) copied_.emplace_back(table >> cluster_bits_, (entry & kCopiedFlag) != 0);
     read_l2(image, table, index, snapshot);
   });
 }
 
 void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_index, uint16_t snapshot) {
-  const uint64_t entries = cluster_size() / 8;
-  for_each_entry(image, offset, entries, [&](uint64_t index, uint64_t entry) {
+  const uint64_t entries = cluster_size() / (extended_l2_ ? 16 : 8);
+  for_each_entry(image, offset, cluster_size() / 8, [&](uint64_t index, uint64_t entry) {
+    uint64_t bitmap = 0;
+    if (extended_l2_) {
+      if (index % 2 != 0) return;
+      bitmap = load<uint64_t>(image, offset + index * 8 + 8);
+      index /= 2;
+    }
     const Owner owner{Owner::Kind::data, snapshot, l1_index * entries + index};
     if (entry & kCompressedFlag) {
       const unsigned address_bits = 70 - cluster_bits_;
@@ -126,18 +133,22 @@ void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_inde
       const uint64_t sectors = ((entry & ~(kCompressedFlag | kCopiedFlag)) >> address_bits) + 1;
       const uint64_t last = begin / 512 * 512 + sectors * 512 - 1;
       for (uint64_t c = begin >> cluster_bits_; c <= last >> cluster_bits_; ++c)
-        references_.push_back({c, owner, true, begin, std::max(begin, last / 512 * 512)});
+        references_.push_back({c, owner, all_parts(), begin, std::max(begin, last / 512 * 512)});
       if (entry & kCopiedFlag) problems_.push_back(owner.text() + " is compressed and copied");
       return;
     }
     const uint64_t host = entry & kAddress;
-    const bool zero = (entry & 1) != 0;
-    if (host % cluster_size() != 0 || (entry & ~(kAddress | kCopiedFlag | 1)) != 0 || (zero && version_ == 2)) {
+    const uint64_t filled = bitmap & 0xffffffff;
+    if ((filled & bitmap >> 32) != 0 || (host == 0 && filled != 0))
+      problems_.push_back(fmt::format("{}: subcluster bitmap {:#x}", owner.text(), bitmap));
+    const bool zero = extended_l2_ ? filled == 0 : (entry & 1) != 0;
+    if (host % cluster_size() != 0 || (entry & ~(kAddress | kCopiedFlag | (extended_l2_ ? 0 : 1))) != 0 ||
+        (zero && version_ == 2)) {
       problems_.push_back(fmt::format("{}: L2 entry {:#x}", owner.text(), entry));
       return;
     }
-    if (host == 0) return;
-    references_.push_back({host >> cluster_bits_, owner, !zero});
+    if (host == 0 || data_file_) return;
+    references_.push_back({host >> cluster_bits_, owner, extended_l2_ ? filled : !zero});
     if (snapshot == 0) copied_.emplace_back(host >> cluster_bits_, (entry & kCopiedFlag) != 0);
   });
 }

@@ -38,7 +38,7 @@ struct Owner {
 struct Reference {
   uint64_t cluster = 0;  ///< on the host
   Owner owner;
-  bool content = true;  ///< what the cluster holds can be seen: not so for zero clusters that keep their space
+  uint64_t shown = 0;  ///< a bit for each part of the cluster whose bytes can be seen: none in a zero cluster
   /// A compressed stream: its first byte and the first of its last sector in the file. It fills what lies between; how
   /// much of the last sector is its own is not known. Otherwise 0.
   uint64_t stream_begin = 0, stream_last = 0;
@@ -51,10 +51,14 @@ struct Reference {
 /// host cluster that they touch. Structures that make no sense are listed as problems and otherwise left out.
 class Qcow2View {
  public:
-  /// Nothing if there is no qcow2 header of version 2 or 3 without extended L2 entries.
+  /// Nothing if there is no qcow2 header of version 2 or 3.
   static std::optional<Qcow2View> parse(const MemImage& image);
 
   uint64_t cluster_size() const { return uint64_t{1} << cluster_bits_; }
+  /// What can be seen apart: subclusters, or the cluster as a whole.
+  uint64_t parts() const { return extended_l2_ ? 32 : 1; }
+  uint64_t part_size() const { return cluster_size() / parts(); }
+  uint64_t all_parts() const { return (uint64_t{1} << parts()) - 1; }
   /// Refcounts cannot be relied on: the dirty or the corrupt bit is set.
   bool is_dirty() const { return dirty_; }
   uint64_t refcount_table() const { return refcount_table_; }
@@ -78,6 +82,8 @@ class Qcow2View {
   unsigned version_ = 0;
   unsigned refcount_bits_ = 0;
   bool dirty_ = false;
+  bool extended_l2_ = false;
+  bool data_file_ = false;  // guest data has no references
   uint64_t refcount_table_ = 0;
   uint64_t refcount_table_bytes_ = 0;
   std::vector<Reference> references_;

@@ -73,6 +73,7 @@ Header header_without_tables(const CreateOptions& options, uint64_t size) {
     header.compression = Compression::zstd;
     header.incompatible |= kCompressionType;
   }
+  if (options.extended_l2) header.incompatible |= kExtendedL2;
   header.backing_name = options.backing_file;
   header.backing_format = options.backing_format;
   // Smaller clusters have better uses for 384 bytes (section 3).
@@ -81,8 +82,8 @@ Header header_without_tables(const CreateOptions& options, uint64_t size) {
   return header;
 }
 
-Result<> check_size(uint64_t size, uint32_t cluster_size) {
-  const uint64_t limit = max_virtual_size(static_cast<uint32_t>(std::countr_zero(cluster_size)));
+Result<> check_size(uint64_t size, uint32_t cluster_size, bool extended_l2) {
+  const uint64_t limit = max_virtual_size(static_cast<uint32_t>(std::countr_zero(cluster_size)), extended_l2);
   if (size > limit)
     return fail(ErrorCode::invalid, "a disk of {} bytes is too large for cluster size {}, which allows {}", size,
                 cluster_size, limit);
@@ -146,14 +147,17 @@ Result<> write_refcounts(Storage& storage, const Header& header, const Layout& l
 }
 
 /// The L2 tables, linked to the data clusters, and the L1 table that points at them.
-Result<> write_mapping(Storage& storage, const Layout& layout) {
+Result<> write_mapping(Storage& storage, const Header& header, const Layout& layout) {
   TableWriter l1(storage, layout.offset(layout.l1));
   for (uint64_t i = 0; i < layout.l2.count; ++i)
     IMG_TRY(l1.entry(L1Entry::of(layout.offset(layout.l2) + i * layout.cluster_size).raw));
   IMG_TRY(l1.finish());
   TableWriter l2(storage, layout.offset(layout.l2));
-  for (uint64_t i = 0; i < layout.data.count; ++i)
-    IMG_TRY(l2.entry(L2Format().normal(layout.offset(layout.data) + i * layout.cluster_size).raw));
+  for (uint64_t i = 0; i < layout.data.count; ++i) {
+    IMG_TRY(l2.entry((layout.offset(layout.data) + i * layout.cluster_size).bytes() | kCopied));
+    // No subcluster is filled: a backing file, or zeros, still shows.
+    if (header.l2_format().extended) IMG_TRY(l2.entry(0));
+  }
   return l2.finish();
 }
 
@@ -196,6 +200,7 @@ Result<> check_version_2(const CreateOptions& options) {
     return fail(ErrorCode::invalid, "{} refcount bits need version 3 (compat 1.1); version 2 has 16",
                 options.refcount_bits);
   if (options.lazy_refcounts) return fail(ErrorCode::invalid, "lazy refcounts need version 3 (compat 1.1)");
+  if (options.extended_l2) return fail(ErrorCode::invalid, "extended L2 entries need version 3 (compat 1.1)");
   if (options.compression_type != "zlib")
     return fail(ErrorCode::invalid, "compression type {} needs version 3 (compat 1.1)", options.compression_type);
   return {};
@@ -215,8 +220,9 @@ Result<> check_backing(const CreateOptions& options) {
                 *options.backing_file);
   if (*options.backing_format != "raw" && *options.backing_format != "qcow2")
     return fail(ErrorCode::invalid, "backing format {} is neither raw nor qcow2", *options.backing_format);
-  if (options.preallocation != Preallocation::off)
-    return fail(ErrorCode::invalid, "preallocation would hide the backing file; give one of the two");
+  if (options.preallocation != Preallocation::off && !options.extended_l2)
+    return fail(ErrorCode::invalid,
+                "preallocation would hide the backing file; give one of the two, or extended L2 entries");
   return {};
 }
 
@@ -232,10 +238,13 @@ Result<> check_create_options(const CreateOptions& options) {
     return fail(ErrorCode::invalid, "{} refcount bits are not a power of two between 1 and 64", options.refcount_bits);
   if (options.compression_type != "zlib" && options.compression_type != "zstd")
     return fail(ErrorCode::invalid, "compression type {} is neither zlib nor zstd", options.compression_type);
+  if (options.extended_l2 && options.cluster_size < 16_KiB)
+    return fail(ErrorCode::invalid, "extended L2 entries need clusters of 16 KiB or more, not {} bytes",
+                options.cluster_size);
   IMG_TRY(check_version_2(options));
   IMG_TRY(check_backing(options));
   const uint64_t size = options.size.value_or(0);
-  IMG_TRY(check_size(size, options.cluster_size));
+  IMG_TRY(check_size(size, options.cluster_size, options.extended_l2));
   const Header header = header_without_tables(options, round_up(size, 512));
   IMG_TRY(encode_header(header));
   IMG_TRY(plan(header, options.preallocation));
@@ -255,7 +264,7 @@ Result<> create(Storage& storage, const CreateOptions& options) {
 
   IMG_TRY(clear(storage, layout));
   IMG_TRY(write_refcounts(storage, header, layout));
-  IMG_TRY(write_mapping(storage, layout));
+  IMG_TRY(write_mapping(storage, header, layout));
   IMG_TRY(preallocate_data(storage, layout.range(layout.data), options.preallocation));
   IMG_TRY(storage.flush());
   IMG_TRY(storage.write(HostOffset(0), first_cluster));

@@ -240,8 +240,6 @@ Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
 
 /// Refuses what this program cannot read or write, by name.
 Result<> check_supported(const Header& header) {
-  if (header.incompatible & kExtendedL2)
-    return fail(ErrorCode::unsupported, "extended L2 entries (subclusters) are not supported");
   if (header.incompatible & kDataFile) return fail(ErrorCode::unsupported, "an external data file is not supported");
   if (header.crypt_method == 1) return fail(ErrorCode::unsupported, "AES encryption is not supported");
   if (header.crypt_method == 2) return fail(ErrorCode::unsupported, "LUKS encryption is not supported");

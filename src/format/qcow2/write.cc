@@ -274,11 +274,12 @@ Result<> Qcow2Disk::forget_clusters(GuestRange range) {
   const Geometry& g = image_.geometry;
   while (!range.empty()) {
     IMG_LET(const Mapping run, map_.lookup(range));
-    if (run.kind != ClusterKind::unallocated) {
+    const uint64_t length = std::max(round_down(run.length, g.cluster_size), g.cluster_size);
+    if (run.kind != ClusterKind::unallocated || run.length < g.cluster_size) {
       IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
-      map_.unmap(slice, range.begin, run.length >> g.cluster_bits);
+      map_.unmap(slice, {range.begin, length});
     }
-    range = {range.begin + run.length, range.length - run.length};
+    range = {range.begin + length, range.length - length};
   }
   return {};
 }

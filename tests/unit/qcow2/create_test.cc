@@ -204,7 +204,7 @@ TEST_CASE("qcow2 create: options that contradict each other or the format are re
     CHECK(refusal(options) == "backing format vmdk is neither raw nor qcow2");
     options.backing_format = "raw";
     options.preallocation = Preallocation::metadata;
-    CHECK(refusal(options) == "preallocation would hide the backing file; give one of the two");
+    CHECK(refusal(options) == "preallocation would hide the backing file; give one of the two, or extended L2 entries");
     options.preallocation = Preallocation::off;
     options.backing_file = "";
     CHECK(refusal(options) == "the backing file name is empty");

@@ -107,7 +107,6 @@ TEST_CASE("qcow2 header: every field out of range is refused with its value and 
       {72, 8, 2, "the image is marked corrupt; it can be read, and `imgfuse check --repair all`"},
       {72, 8, 4, "an external data file is not supported"},
       {72, 8, 8, "compression type 0 (header byte 104) contradicts incompatible feature bit 3, which is set"},
-      {72, 8, 16, "extended L2 entries (subclusters) are not supported"},
       {72, 8, 32, "incompatible features that imgfuse does not know: bit 5"},
       {72, 8, uint64_t{1} << 63, "incompatible features that imgfuse does not know: bit 63"},
       {96, 4, 7, "refcount_order 7 (header byte 96) is larger than 6"},
