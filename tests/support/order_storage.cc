@@ -229,9 +229,7 @@ void OrderStorage::check_metadata(const Change& change) {
   std::vector<Reference> fresh;
   std::set_difference(view_->references().begin(), view_->references().end(), possible_.begin(), possible_.end(),
                       std::back_inserter(fresh));
-  for (const Reference& reference : fresh)
-    for (uint64_t part = 0; part < view_->parts(); ++part)
-      if (reference.shown >> part & 1) check_shown(reference, part);
+  for (const Reference& reference : fresh) check_shown(reference);
 
   const size_t old_size = possible_.size();
   possible_.insert(possible_.end(), fresh.begin(), fresh.end());
@@ -264,8 +262,7 @@ void OrderStorage::check_switch() {
   std::vector<Reference> fresh;
   std::set_difference(view_->references().begin(), view_->references().end(), possible_.begin(), possible_.end(),
                       std::back_inserter(fresh));
-  for (const Reference& reference : fresh)
-    if (reference.content) check_shown(reference);
+  for (const Reference& reference : fresh) check_shown(reference);
   switching_ = true;
 }
 
@@ -289,6 +286,12 @@ void OrderStorage::check_counts() {
                             owners > 1 ? ", " + std::prev(next)->owner.text() : "", allowed));
     first = next;
   }
+}
+
+void OrderStorage::check_shown(const Reference& reference) {
+  if (reference.is_stream()) return check_stream_shown(reference);
+  for (uint64_t part = 0; part < view_->parts(); ++part)
+    if (reference.shown >> part & 1) check_shown(reference, part);
 }
 
 /// I2, I3, I6: what a new pointer shows was written since it was last seen, and flushed.
