@@ -105,7 +105,7 @@ Result<> Qcow2Disk::write_clusters(GuestOffset offset, std::span<const EncodedCl
     const auto run = clusters.first(static_cast<size_t>(end - clusters.begin()));
     const ConstBytes data(run.front().data.data(), run.back().data.data() + run.back().data.size());
     const uint64_t length = run.size() << image_.geometry.cluster_bits;
-    if (form == Form::zero) IMG_TRY(zero_clusters({offset, length}, Zeroing::may_free));
+    if (form == Form::zero) IMG_TRY(zero_subclusters({offset, length}, Zeroing::may_free));
     if (form == Form::plain) IMG_TRY(write_runs(offset, data));
     if (form == Form::stream) IMG_TRY(write_streams(offset, run));
     offset = offset + length;
