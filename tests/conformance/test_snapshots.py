@@ -13,6 +13,7 @@ IMAGES = [
     (4 * KiB, 8, 3, ()),
     (64 * KiB, 16, 3, ()),
     (64 * KiB, 32, 3, ('lazy_refcounts=on',)),
+    (64 * KiB, 16, 3, ('extended_l2=on',)),
     (64 * KiB, 16, 2, ()),
     (2 * MiB, 64, 3, ()),
 ]
@@ -175,7 +176,7 @@ class Snapshots(ImageCase):
 
 def add_test(image):
     cluster, bits, version, more = image
-    name = 'test_exchange_cluster_%d_refcount_%d_v%d%s' % (cluster, bits, version, '_lazy' if more else '')
+    name = 'test_exchange_cluster_%d_refcount_%d_v%d%s' % (cluster, bits, version, ''.join('_' + option.split('=')[0] for option in more))
     setattr(Snapshots, name, lambda self: self.exchange(*image))
 
 

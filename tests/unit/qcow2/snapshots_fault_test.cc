@@ -100,6 +100,7 @@ const Qcow2Spec kSpecs[] = {
     {.size = 1_MiB, .cluster_size = 4096, .refcount_bits = 8},
     {.size = 1_MiB, .cluster_size = 4096, .version = 2},
     {.size = 2_MiB, .cluster_size = 65536, .refcount_bits = 32},
+    {.size = 1_MiB, .cluster_size = 16384, .extended_l2 = true},
 };
 
 TEST_CASE("qcow2 snapshots: a crash after any write leaves the state before or the state after, and leaks at most") {

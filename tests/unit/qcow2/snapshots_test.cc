@@ -273,6 +273,16 @@ void run_generations(const Qcow2Spec& spec, const MemImage& image, const MemImag
   close(disk);
 }
 
+TEST_CASE("qcow2 snapshots: with extended L2 entries they keep what was written") {
+  Rng rng(base_seed());
+  for (const uint32_t cluster_size : {16384u, 65536u}) {
+    const Qcow2Spec spec{.size = 40_MiB + 1536, .cluster_size = cluster_size, .extended_l2 = true};
+    MemImage zeros;
+    zeros.resize(spec.size);
+    run_generations(spec, make_qcow2(spec), zeros, rng);
+  }
+}
+
 TEST_CASE("qcow2 snapshots: every cluster size and refcount width keeps what was written") {
   Rng rng(base_seed());
   for (const uint32_t cluster_size : {512u, 4096u, 65536u})
