@@ -8,7 +8,9 @@
 namespace imgfuse::qcow2 {
 namespace {
 
-constexpr size_t kMaxQuarantine = 65536;  // runs; past this a request asks for a flush cycle
+// Past either, a request asks for a flush cycle: the list shall not grow without bound, nor the file.
+constexpr size_t kMaxQuarantine = 65536;  // runs
+constexpr uint64_t kMaxQuarantineBytes = uint64_t{256} << 20;
 
 }  // namespace
 
@@ -164,6 +166,7 @@ void Allocator::cancel(Reservation& reservation) {
 
 void Allocator::quarantine(HostOffset host, uint64_t clusters, HostSpace space) NO_THREAD_SAFETY_ANALYSIS {
   const uint64_t first = image_.geometry.cluster_of(host);
+  quarantined_ += clusters;
   if (!quarantine_.empty()) {
     FreedClusters& last = quarantine_.back();
     if (last.first + last.count == first && last.space == space) {
@@ -178,18 +181,20 @@ void Allocator::search_from_start() NO_THREAD_SAFETY_ANALYSIS { lowest_free_ = 1
 
 Allocator::Freed Allocator::take_quarantine() NO_THREAD_SAFETY_ANALYSIS {
   releasing_ = !quarantine_.empty();
+  quarantined_ = 0;
   return std::exchange(quarantine_, {});
 }
 
 void Allocator::keep(Freed freed) {
   ExclusiveLock lock(image_.mutex);
   quarantine_.insert(quarantine_.end(), freed.begin(), freed.end());
+  for (const FreedClusters& run : freed) quarantined_ += run.count;
   releasing_ = false;
 }
 
 bool Allocator::wants_flush() const {
   SharedLock lock(image_.mutex);
-  return quarantine_.size() > kMaxQuarantine;
+  return quarantine_.size() > kMaxQuarantine || quarantined_ << image_.geometry.cluster_bits > kMaxQuarantineBytes;
 }
 
 bool Allocator::has_quarantine() const {

@@ -113,7 +113,8 @@ class Allocator {
   uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
   uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
-  bool releasing_ GUARDED_BY(image_.mutex) = false;  // a flush cycle has taken some out to free them
+  uint64_t quarantined_ GUARDED_BY(image_.mutex) = 0;  // clusters in quarantine_
+  bool releasing_ GUARDED_BY(image_.mutex) = false;    // a flush cycle has taken some out to free them
 };
 
 }  // namespace imgfuse::qcow2

@@ -53,21 +53,22 @@ Result<> Map::load(const Header& header, bool writable) {
 
 Result<> Map::check_table(L1Entry l1, uint64_t index) const {
   const Geometry& g = image_.geometry;
+  const bool good = (l1.raw & kL1Reserved) == 0 && l1.table().bytes() % g.cluster_size == 0;
+  if (good) return {};
+  image_.damaged = true;
   if (l1.raw & kL1Reserved)
     return fail(ErrorCode::corrupt, "L1 entry {} is {:#x}: reserved bits are set", index, l1.raw);
-  if (l1.table().bytes() % g.cluster_size != 0)
-    return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, which is not a multiple of the cluster size {:#x}",
-                index, l1.table().bytes(), g.cluster_size);
-  return {};
+  return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, which is not a multiple of the cluster size {:#x}",
+              index, l1.table().bytes(), g.cluster_size);
 }
 
 /// A table past the end would read as zeros: a file that was cut off would look like an empty disk.
 Result<> Map::check_in_file(L1Entry l1, uint64_t index) const {
   IMG_LET(const uint64_t file_size, image_.storage.size());
-  if (l1.table().bytes() >= file_size)
-    return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, past the end of the file ({:#x})", index,
-                l1.table().bytes(), file_size);
-  return {};
+  if (l1.table().bytes() < file_size) return {};
+  image_.damaged = true;
+  return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, past the end of the file ({:#x})", index,
+              l1.table().bytes(), file_size);
 }
 
 Result<> Map::check_entry(L2Entry entry, GuestOffset guest) const {
@@ -426,6 +427,18 @@ void Map::keep_l1(const L1Changes& changes) {
 uint64_t Map::l1_entries() const {
   SharedLock lock(image_.mutex);
   return l1_.size();
+}
+
+void Map::drop_tables_from(uint64_t l1_index) {
+  ExclusiveLock lock(image_.mutex);
+  for (; l1_index < l1_.size(); ++l1_index) {
+    const L1Entry entry{l1_[l1_index]};
+    if (!entry.present()) continue;
+    image_.known.remove(image_.geometry.cluster_of(entry.table()));
+    allocator_.quarantine(entry.table(), 1, HostSpace::punch);
+    l1_[l1_index] = 0;
+    dirty_l1_.push_back(l1_index);
+  }
 }
 
 GuestOffset Map::tables_end() const {

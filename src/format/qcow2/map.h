@@ -76,6 +76,8 @@ class Map {
   void keep_l1(const L1Changes& changes);
 
   uint64_t l1_entries() const;
+  /// Frees the L2 tables from that L1 entry on, which map nothing.
+  void drop_tables_from(uint64_t l1_index);
   /// The end of what the last L2 table maps: nothing is mapped from there on.
   GuestOffset tables_end() const;
   /// The L1 table as it would lie on disk with `entries` entries.

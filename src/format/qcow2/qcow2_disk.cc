@@ -59,6 +59,15 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   return {};
 }
 
+/// Metadata that cannot be was met: whatever is written from here on could make it worse. The image says so, and is
+/// only read until it is repaired.
+Result<> Qcow2Disk::mark_corrupt() {
+  if (image_.geometry.version < 3) return {};
+  const be<uint64_t> field(header_.incompatible | kCorrupt);
+  IMG_TRY(storage_->write(kIncompatibleField, std::as_bytes(std::span(&field, 1))));
+  return storage_->flush();
+}
+
 /// The features that imgfuse does not keep up go before anything else changes (I8).
 Result<> Qcow2Disk::clear_autoclear_bits() {
   const uint64_t kept = header_.autoclear & (bitmaps_.stored() ? kBitmaps : 0);
@@ -82,7 +91,7 @@ DiskInfo Qcow2Disk::do_info() const {
 
 Result<> Qcow2Disk::do_read(GuestOffset offset, Bytes out) {
   const auto lease = ranges_.shared({offset, out.size()});
-  return read_range(offset, out);
+  return note(read_range(offset, out));
 }
 
 Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {

@@ -90,8 +90,14 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   bool reads_zero(const Mapping& mapping, GuestRange range) const;
   Result<bool> reads_zero(GuestRange range);
   Result<> relieve();
+  template <class R>
+  R note(R result);
+  Result<> mark_corrupt();
   Result<> write_out();
   Result<> clear_autoclear_bits();
+  Result<> grow(uint64_t old_size, uint64_t size, Preallocation preallocation);
+  Result<> shrink(uint64_t size);
+  Result<> fill_with_zeroes(GuestRange range);
   Result<> grow_l1(uint64_t entries);
   Result<> write_size(uint64_t size);
 
@@ -104,6 +110,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   std::unique_ptr<Disk> backing_;
   std::shared_ptr<const void> hold_;  // see OpenParameters
   uint64_t backing_size_ = 0;
+  std::atomic<bool> marked_corrupt_ = false;
   bool closed_ = true;  // nothing to write out: false from start() to close() of a writable image
   std::atomic<bool> counted_ = false;
 
@@ -125,5 +132,14 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
     Allocator::Freed freed;
   } cycle_;
 };
+
+/// Ends a request: one that met damaged metadata ends all writing.
+template <class R>
+R Qcow2Disk::note(R result) {
+  if (result || !image_.damaged || read_only_ || marked_corrupt_.exchange(true)) return result;
+  const Result<> marked = mark_corrupt();
+  latch_.set(marked ? result.error() : marked.error());
+  return result;
+}
 
 }  // namespace imgfuse::qcow2

@@ -30,7 +30,7 @@ class Refcounts {
   /// The slice with the count of `cluster`. May block to load it.
   Result<Slice> slice_of(uint64_t cluster, TableCache::Room room = TableCache::Room::flush_for_it);
 
-  uint64_t get(const Slice& slice, uint64_t cluster) const;        ///< under Image::mutex, shared
+  uint64_t get(const Slice& slice, uint64_t cluster) const;  ///< under Image::mutex, shared
   /// The first cluster from `cluster` on with a count of zero, or the slice's end. Under Image::mutex, shared.
   uint64_t first_free(const Slice& slice, uint64_t cluster) const;
   void set(const Slice& slice, uint64_t cluster, uint64_t value);  ///< under Image::mutex, exclusive; pinned

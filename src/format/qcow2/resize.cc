@@ -1,14 +1,15 @@
-// Growing the virtual disk.
+// Growing and shrinking the virtual disk.
 #include <algorithm>
 #include <limits>
 
+#include "base/buffer.h"
 #include "base/endian.h"
 #include "core/pieces.h"
 #include "format/qcow2/qcow2_disk.h"
 
 namespace imgfuse::qcow2 {
 
-Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions) {
+Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions options) {
   const Geometry& g = image_.geometry;
   const uint64_t old_size = do_size();
   if (size % 512 != 0) return fail(ErrorCode::invalid, "size {} is not a multiple of 512", size);
@@ -18,11 +19,13 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions) {
   const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
   IMG_TRY(latch_.check());
   if (size == old_size) return {};
-  if (size < old_size)
-    return fail(ErrorCode::unsupported, "shrinking from {} to {} bytes is not supported", old_size, size);
   if (header_.version < 3 && header_.snapshot_count > 0)
     return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
+  return size < old_size ? shrink(size) : grow(old_size, size, options.preallocation);
+}
 
+Result<> Qcow2Disk::grow(uint64_t old_size, uint64_t size, Preallocation preallocation) {
+  const Geometry& g = image_.geometry;
   if (const uint64_t needed = divide_up(size, g.l2_coverage); needed > map_.l1_entries()) IMG_TRY(grow_l1(needed));
   // What lies behind the old end must read as zeros: old content of the last cluster, a longer backing file, what a
   // growth left that did not succeed, or half of a virtual machine state that was never saved.
@@ -30,7 +33,34 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions) {
       round_up(std::min(size, std::max(map_.tables_end().bytes(), backing_size_)), g.cluster_size);
   if (dirty_end > old_size) IMG_TRY(zero_range({GuestOffset(old_size), dirty_end - old_size}, Zeroing::may_free));
   IMG_TRY(flusher_.flush());
-  return write_size(size);
+  IMG_TRY(write_size(size));
+  if (preallocation == Preallocation::off) return {};
+  const GuestRange added{GuestOffset(old_size), size - old_size};
+  IMG_TRY(preallocation == Preallocation::full ? fill_with_zeroes(added) : populate_range(added));
+  return flusher_.flush();
+}
+
+/// Every byte is written.
+Result<> Qcow2Disk::fill_with_zeroes(GuestRange range) {
+  while (!range.empty()) {
+    const uint64_t piece = std::min<uint64_t>(range.length, kZeroesSize);
+    IMG_TRY(write_runs(range.begin, zeroes(piece)));
+    range = {range.begin + piece, range.length - piece};
+  }
+  return {};
+}
+
+/// The size first. A crash behind it leaves clusters that lie past the disk's end, which are counted, and which growing
+/// clears.
+Result<> Qcow2Disk::shrink(uint64_t size) {
+  const Geometry& g = image_.geometry;
+  IMG_TRY(flusher_.flush());
+  IMG_TRY(write_size(size));
+  const GuestOffset end(round_up(size, g.cluster_size));
+  const GuestOffset tables_end = map_.tables_end();
+  if (end < tables_end) IMG_TRY(forget_clusters({end, tables_end - end}));
+  map_.drop_tables_from(divide_up(size, g.l2_coverage));
+  return flusher_.flush();
 }
 
 /// New table, counts and content durable, then the header switches, then the old one is freed (I7).

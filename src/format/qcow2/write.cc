@@ -24,7 +24,7 @@ Bytes scratch(size_t size) {
 Result<> Qcow2Disk::do_write(GuestOffset offset, ConstBytes data) {
   IMG_TRY(latch_.check());
   if (read_only_) return fail(ErrorCode::read_only, "{} is open read-only", storage_->info().name);
-  return compress_ ? write_compressed(offset, data) : write_plain(offset, data);
+  return note(compress_ ? write_compressed(offset, data) : write_plain(offset, data));
 }
 
 Result<> Qcow2Disk::write_plain(GuestOffset offset, ConstBytes data) {
@@ -163,7 +163,7 @@ Result<> Qcow2Disk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
     {
       const auto lease = ranges_.exclusive(round_out({range.begin, length}, image_.geometry.cluster_size));
       bitmaps_.record({range.begin, length});
-      IMG_TRY(zero_range({range.begin, length}, zeroing));
+      IMG_TRY(note(zero_range({range.begin, length}, zeroing)));
     }
     IMG_TRY(relieve());
     range = {range.begin + length, range.length - length};
@@ -262,7 +262,7 @@ Result<> Qcow2Disk::do_forget(GuestRange range) {
       const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
       const auto lease = ranges_.exclusive(clusters);
       bitmaps_.record({range.begin, length});
-      IMG_TRY(forget_clusters(clusters));
+      IMG_TRY(note(forget_clusters(clusters)));
     }
     IMG_TRY(relieve());
     range = {range.begin + length, range.length - length};
@@ -294,7 +294,7 @@ Result<> Qcow2Disk::do_populate(GuestRange range) {
     {
       const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
       const auto lease = ranges_.exclusive(clusters);
-      IMG_TRY(populate_range({clusters.begin, std::min(clusters.end().bytes(), size) - clusters.begin.bytes()}));
+      IMG_TRY(note(populate_range({clusters.begin, std::min(clusters.end().bytes(), size) - clusters.begin.bytes()})));
     }
     IMG_TRY(relieve());
     range = {range.begin + length, range.length - length};

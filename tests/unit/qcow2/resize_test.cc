@@ -1,0 +1,157 @@
+// Shrinking, and growing with preallocation.
+#include <doctest/doctest.h>
+
+#include "base/endian.h"
+#include "support/builders.h"
+#include "support/crash_storage.h"
+#include "support/fault_storage.h"
+#include "support/order_storage.h"
+#include "support/qcow2_view.h"
+
+namespace imgfuse::test {
+namespace {
+
+constexpr uint64_t kSize = 2_MiB;
+constexpr uint64_t kSmall = 300_KiB + 512;  // inside a cluster
+
+/// Full of data; small clusters, so that there are several L2 tables.
+MemImage full_image(bool extended_l2) {
+  Qcow2Spec spec{.size = kSize, .cluster_size = extended_l2 ? 16384u : 512u};
+  spec.extended_l2 = extended_l2;
+  auto memory = std::make_shared<MemStorage>(make_qcow2(spec));
+  auto disk = must(open_qcow2(memory));
+  must(disk->write(GuestOffset(0), pattern(kSize)));
+  must(disk->close());
+  return memory->image();
+}
+
+std::vector<std::byte> front(uint64_t length) {
+  std::vector<std::byte> bytes = pattern(kSize);
+  bytes.resize(length);
+  return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("qcow2: a disk that shrinks frees what lies behind its end, and does not show it again") {
+  for (const bool extended : {false, true}) {
+    CAPTURE(extended);
+    const MemImage image = full_image(extended);
+    WatchedDisk disk = open_watched(image);
+    must(disk->resize(kSmall, {.shrink = true}));
+    CHECK(disk->size() == kSmall);
+    CHECK(read_all(*disk.disk, GuestOffset(0), kSmall) == front(kSmall));
+    must(disk->resize(kSize));
+    std::vector<std::byte> expected = front(kSmall);
+    expected.resize(kSize);
+    CHECK(read_all(*disk.disk, GuestOffset(0), kSize) == expected);
+    must(disk->close());
+    const CheckReport report = check_image(disk.memory->image());
+    CHECK(report.clean());
+    CHECK(report.allocated_clusters * (extended ? 16384 : 512) < kSmall + 16384);
+  }
+}
+
+TEST_CASE("qcow2: what a snapshot holds stays when the disk shrinks") {
+  const std::optional<MemImage> image = with_snapshot(full_image(false));
+  if (!image) return;
+  WatchedDisk disk = open_watched(*image);
+  must(disk->resize(kSmall, {.shrink = true}));
+  must(disk->close());
+  const std::optional<Qcow2View> view = Qcow2View::parse(disk.memory->image());
+  REQUIRE(view);
+  CHECK(view->find_corruption().empty());
+  CHECK(check_image(disk.memory->image()).clean());
+}
+
+TEST_CASE("qcow2: a crash while a disk shrinks leaves the old size or the new one, and leaks at most") {
+  for (const bool extended : {false, true}) {
+    CAPTURE(extended);
+    const MemImage image = full_image(extended);
+    auto storage = std::make_shared<CrashStorage>(image);
+    auto disk = must(open_qcow2(std::make_shared<OrderStorage>(storage, image)));
+    Rng rng(7);
+    std::vector<MemImage> crashed;
+    storage->set_observer([&] {
+      for (const CrashMode mode : kCrashModes) crashed.push_back(storage->crash(mode, rng));
+    });
+    must(disk->resize(kSmall, {.shrink = true}));
+    must(disk->close());
+    storage->set_observer({});
+    REQUIRE(crashed.size() > 20);
+    for (const MemImage& left : crashed) {
+      const std::optional<Qcow2View> view = Qcow2View::parse(left);
+      REQUIRE(view);
+      CHECK(view->find_corruption() == "");
+      auto reopened = must(open_qcow2(std::make_shared<MemStorage>(left), {.read_only = true}));
+      const uint64_t size = reopened->size();
+      CHECK((size == kSize || size == kSmall));
+      CHECK(read_all(*reopened, GuestOffset(0), kSmall) == front(kSmall));
+    }
+  }
+}
+
+TEST_CASE("qcow2: shrinking may fail at any call") {
+  const MemImage image = full_image(false);
+  for (uint64_t n = 1;; ++n) {
+    CAPTURE(n);
+    auto memory = std::make_shared<MemStorage>(image);
+    auto faults = std::make_shared<FaultStorage>(memory);
+    auto disk = must(open_qcow2(std::make_shared<OrderStorage>(faults, image)));
+    faults->fail_call(n, ErrorCode::io);
+    const bool done = disk->resize(kSmall, {.shrink = true}).has_value();
+    const bool fired = faults->fired();
+    faults->heal();
+    CHECK(read_all(*disk, GuestOffset(0), kSmall) == front(kSmall));
+    (void)disk->close();  // an error if the disk latched
+    CHECK(check_image(memory->image()).corruptions == 0);
+    if (!fired) {
+      CHECK(done);
+      break;
+    }
+  }
+}
+
+TEST_CASE("qcow2: what is added to a disk can be preallocated") {
+  for (const Preallocation preallocation : {Preallocation::metadata, Preallocation::falloc, Preallocation::full}) {
+    WatchedDisk disk = open_watched(full_image(true));
+    must(disk->resize(kSize + 1_MiB, {.preallocation = preallocation}));
+    std::vector<std::byte> expected = front(kSize);
+    expected.resize(kSize + 1_MiB);
+    CHECK(read_all(*disk.disk, GuestOffset(0), kSize + 1_MiB) == expected);
+    for (const Extent& extent : must(disk->map({GuestOffset(kSize), 1_MiB}))) CHECK(extent.allocated);
+    must(disk->close());
+    CHECK(check_image(disk.memory->image()).clean());
+  }
+}
+
+TEST_CASE("qcow2: damage met by a request marks the image corrupt; reads go on, writes end") {
+  MemImage image = full_image(false);
+  // An L2 entry with a reserved bit: guest offset 0 is mapped by the first entry of the first table.
+  be<uint64_t> l1_offset, table, entry;
+  image.read(40, std::as_writable_bytes(std::span(&l1_offset, 1)));
+  image.read(l1_offset, std::as_writable_bytes(std::span(&table, 1)));
+  const uint64_t place = table & 0x00fffffffffffe00;
+  image.read(place, std::as_writable_bytes(std::span(&entry, 1)));
+  entry = entry | 0x100;
+  image.write(place, std::as_bytes(std::span(&entry, 1)));
+
+  auto memory = std::make_shared<MemStorage>(image);
+  auto disk = must(open_qcow2(memory));
+  std::vector<std::byte> bytes(512);
+  CHECK(disk->read(GuestOffset(0), bytes).error().code() == ErrorCode::corrupt);
+  const std::vector<std::byte> expected = front(4608);
+  CHECK(read_all(*disk, GuestOffset(4096), 512) == std::vector(expected.end() - 512, expected.end()));
+  CHECK(!disk->write(GuestOffset(4096), bytes));
+  CHECK(!disk->flush());
+  CHECK(!disk->close());
+  be<uint64_t> incompatible;
+  memory->image().read(72, std::as_writable_bytes(std::span(&incompatible, 1)));
+  CHECK(incompatible == 2);
+
+  auto again = must(open_qcow2(memory));
+  CHECK(again->info().read_only);
+  must(again->close());
+}
+
+}  // namespace imgfuse::test
