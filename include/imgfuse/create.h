@@ -29,8 +29,8 @@ struct CreateOptions {
   bool durable = true;  ///< false: what is lost in a power cut can be made again
 };
 
-/// Creates the image file, durable with its directory entry when this returns unless that is not asked for. Every option is checked before the
-/// file is touched; an existing file is replaced only if nobody has it locked.
+/// Creates the image file, durable with its directory entry when this returns unless that is not asked for. Every
+/// option is checked before the file is touched; an existing file is replaced only if nobody has it locked.
 Result<> create_image(const std::string& path, const CreateOptions& options);
 
 }  // namespace imgfuse

@@ -17,12 +17,12 @@ class Snapshots;
 
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
 struct DiskInfo {
-  std::string name;              ///< the image's path, for messages
-  std::string format;            ///< "raw", "qcow2"
-  uint64_t size = 0;             ///< virtual size in bytes
-  uint32_t cluster_size = 0;     ///< unit of allocation in bytes, a power of two; raw: 4096
-  uint32_t subcluster_size = 0;  ///< unit in which clusters are filled and discarded; 0: the cluster size
+  std::string name;           ///< the image's path, for messages
+  std::string format;         ///< "raw", "qcow2"
+  uint64_t size = 0;          ///< virtual size in bytes
+  uint32_t cluster_size = 0;  ///< unit of allocation in bytes, a power of two; raw: 4096
   bool read_only = true;
+  uint32_t subcluster_size = 0;  ///< unit in which clusters are filled and discarded; 0: the cluster size
 };
 
 /// What a stretch of the guest disk reads as, and where its bytes lie.

@@ -83,8 +83,8 @@ DiskInfo Qcow2Disk::do_info() const {
           .format = "qcow2",
           .size = do_size(),
           .cluster_size = static_cast<uint32_t>(image_.geometry.cluster_size),
-          .subcluster_size = static_cast<uint32_t>(image_.geometry.subcluster_size),
-          .read_only = read_only_};
+          .read_only = read_only_,
+          .subcluster_size = static_cast<uint32_t>(image_.geometry.subcluster_size)};
 }
 
 // ---- Reading
