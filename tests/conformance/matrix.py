@@ -1,4 +1,5 @@
 """The matrix of images that imgfuse and QEMU have to agree on."""
+import functools
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -18,6 +19,7 @@ class Spec:
     preallocation: str = 'off'
     lazy_refcounts: bool = False
     odd_size: bool = False  # not a multiple of the cluster size
+    extended_l2: bool = False
 
     @property
     def size(self):
@@ -41,6 +43,8 @@ class Spec:
             options.append('preallocation=' + self.preallocation)
         if self.lazy_refcounts:
             options.append('lazy_refcounts=on')
+        if self.extended_l2:
+            options.append('extended_l2=on')
         return ','.join(options)
 
     @property
@@ -52,6 +56,7 @@ class Spec:
         parts += ['preallocated_' + self.preallocation] if self.preallocation != 'off' else []
         parts += ['lazy'] if self.lazy_refcounts else []
         parts += ['odd_size'] if self.odd_size else []
+        parts += ['extended'] if self.extended_l2 else []
         return '_'.join(parts)
 
 
@@ -84,4 +89,11 @@ def matrix():
     specs += [Spec(cluster=c, lazy_refcounts=True) for c in clusters]
     specs += [Spec(version=v, cluster=c, odd_size=True) for v, c in product(versions, clusters)]
     specs += [Spec(cluster=c, odd_size=True, compression='zlib', backing=('raw',)) for c in clusters]
+    for c in (16 * KiB, 64 * KiB, 2 * MiB):
+        extended = functools.partial(Spec, cluster=c, extended_l2=True)
+        specs += [extended(), extended(odd_size=True), extended(snapshots=True), extended(refcount_bits=1)]
+        specs += [extended(compression=z, snapshots=s) for z, s in product(('zlib', 'zstd'), (False, True))]
+        specs += [extended(backing=(f,), backing_size=s) for f, s in product(('raw', 'qcow2'), ('shorter', 'longer'))]
+        specs += [extended(preallocation=p) for p in ('metadata', 'falloc', 'full')]
+        specs += [extended(preallocation='metadata', backing=('raw',)), extended(lazy_refcounts=True)]
     return list(dict.fromkeys(specs))

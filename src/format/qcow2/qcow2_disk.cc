@@ -196,6 +196,8 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
           range = {range.begin + covered, range.length - covered};
           continue;
         }
+        extent.has_host_offset = run.kind == ClusterKind::reserved;
+        extent.host = run.host;
         break;
     }
     append(extent);
