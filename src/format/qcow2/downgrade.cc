@@ -52,8 +52,8 @@ Result<> check_snapshot(Storage& storage, const Header& header, const Snapshot& 
     return fail(ErrorCode::unsupported,
                 "the machine state of snapshot {} is too large for compat 0.10; delete it first", snapshot.info.id);
   return for_each_l2_entry(storage, header, snapshot.l1(), [&](be<uint64_t>& raw) -> Result<bool> {
-    const L2Entry entry{raw};
-    if (entry.kind() == ClusterKind::zero_plain || entry.kind() == ClusterKind::zero_allocated)
+    const ClusterKind kind = L2Format{}.kind(L2Entry{raw});
+    if (kind == ClusterKind::zero_plain || kind == ClusterKind::zero_allocated)
       return fail(ErrorCode::unsupported,
                   "snapshot {} has zero clusters, which compat 0.10 does not have; delete it first", snapshot.info.id);
     return false;
@@ -64,7 +64,7 @@ Result<> check_snapshot(Storage& storage, const Header& header, const Snapshot& 
 Result<> check_not_compressed(Storage& storage, const Header& header, HostRange l1) {
   if (header.compression == Compression::deflate) return {};
   return for_each_l2_entry(storage, header, l1, [&](be<uint64_t>& raw) -> Result<bool> {
-    if (L2Entry{raw}.kind() == ClusterKind::compressed)
+    if (L2Format{}.kind(L2Entry{raw}) == ClusterKind::compressed)
       return fail(ErrorCode::unsupported,
                   "the image has clusters compressed with zstd, which compat 0.10 does not know");
     return false;
@@ -118,7 +118,7 @@ Result<> remove_zero_clusters(const std::shared_ptr<Storage>& storage, const Bac
   // What is left has no host cluster and no backing file below it: an empty entry reads the same.
   IMG_LET(const Header header, read_header(*storage, Purpose::write));
   IMG_TRY(for_each_l2_entry(*storage, header, active_l1(header), [](be<uint64_t>& entry) -> Result<bool> {
-    if (L2Entry{entry}.kind() != ClusterKind::zero_plain) return false;
+    if (L2Format{}.kind(L2Entry{entry}) != ClusterKind::zero_plain) return false;
     entry = 0;
     return true;
   }));

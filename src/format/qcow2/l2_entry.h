@@ -59,21 +59,9 @@ struct L2Entry {
   uint64_t raw = 0;
   uint64_t bitmap = 0;  ///< the second word; 0 in a standard entry
 
-  /// Of a standard entry (ask L2Format for any entry).
-  constexpr ClusterKind kind() const {
-    if (raw & kCompressed) return ClusterKind::compressed;  // first: in a descriptor every other bit is address
-    const bool has_host = (raw & kOffsetMask) != 0;
-    if (raw & kZeroFlag) return has_host ? ClusterKind::zero_allocated : ClusterKind::zero_plain;
-    return has_host ? ClusterKind::normal : ClusterKind::unallocated;
-  }
   constexpr bool copied() const { return (raw & kCopied) != 0; }
   /// Host cluster of a normal or zero-allocated entry.
   constexpr HostOffset host() const { return HostOffset(raw & kOffsetMask); }
-  /// The entry owns references on host clusters.
-  constexpr bool holds_host() const {
-    const ClusterKind k = kind();
-    return k == ClusterKind::normal || k == ClusterKind::zero_allocated || k == ClusterKind::compressed;
-  }
   constexpr CompressedRange compressed_range(uint32_t cluster_bits) const {
     const unsigned offset_bits = 70 - cluster_bits;
     const uint64_t offset = raw & ((uint64_t{1} << offset_bits) - 1) & (kMaxHostOffset - 1);

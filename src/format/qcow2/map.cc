@@ -9,13 +9,6 @@
 #include "core/pieces.h"
 
 namespace imgfuse::qcow2 {
-namespace {
-
-bool has_host(ClusterKind kind) {
-  return kind == ClusterKind::normal || kind == ClusterKind::zero_allocated || kind == ClusterKind::reserved;
-}
-
-}  // namespace
 
 Result<> Map::load(const Header& header, bool writable) {
   const Geometry& g = image_.geometry;
@@ -158,7 +151,8 @@ Result<Mapping> Map::read_run(ConstBytes slice, uint64_t index, GuestRange range
     return run;
   }
   const HostOffset host = entry.host();
-  if (has_host(run.kind)) run.host = host + within;
+  const bool has_host = g.l2.has_host(entry);
+  if (has_host) run.host = host + within;
   const uint32_t per_cluster = g.l2.subclusters();
   const uint64_t end =
       std::min(divide_up(within + range.length, g.subcluster_size), (g.slice_entries() - index) * per_cluster);
@@ -166,7 +160,7 @@ Result<Mapping> Map::read_run(ConstBytes slice, uint64_t index, GuestRange range
     const uint64_t cluster = next / per_cluster;
     if (next % per_cluster == 0) {
       entry = g.l2.load(slice, index + cluster);
-      if (has_host(run.kind) && entry.host() != host + cluster * g.cluster_size) break;
+      if (has_host && entry.host() != host + cluster * g.cluster_size) break;
     }
     if (g.l2.kind(entry, static_cast<uint32_t>(next % per_cluster)) != run.kind) break;
     // What is wrong with an entry is reported when it is reached.

@@ -27,14 +27,6 @@ Json ask(const Mounted& mounted, const std::string& command, const Json& argumen
   return answer ? *answer : Json{{"error", answer.error().text()}};
 }
 
-std::string read_at(const Open& file, off_t offset, size_t length) {
-  std::string text(length, '?');
-  const ssize_t n = ::pread(file.fd(), text.data(), length, offset);
-  REQUIRE(n >= 0);
-  text.resize(static_cast<size_t>(n));
-  return text;
-}
-
 void write_at(const Open& file, off_t offset, const std::string& text) {
   REQUIRE(::pwrite(file.fd(), text.data(), text.size(), offset) == static_cast<ssize_t>(text.size()));
 }

@@ -99,4 +99,12 @@ class Open {
   UniqueFd fd_;
 };
 
+inline std::string read_at(const Open& file, off_t offset, size_t length) {
+  std::string text(length, '?');
+  const ssize_t n = ::pread(file.fd(), text.data(), length, offset);
+  REQUIRE(n >= 0);
+  text.resize(static_cast<size_t>(n));
+  return text;
+}
+
 }  // namespace imgfuse::fuse

@@ -22,14 +22,6 @@ namespace {
 constexpr uint64_t kSize = 1_MiB;
 constexpr MountpointKind kBoth[] = {MountpointKind::file, MountpointKind::directory};
 
-std::string read_at(const Open& file, off_t offset, size_t length) {
-  std::string text(length, '?');
-  const ssize_t n = ::pread(file.fd(), text.data(), length, offset);
-  REQUIRE(n >= 0);
-  text.resize(static_cast<size_t>(n));
-  return text;
-}
-
 ssize_t write_at(const Open& file, off_t offset, const std::string& text) {
   return ::pwrite(file.fd(), text.data(), text.size(), offset);
 }

@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "base/endian.h"
+#include "bytes.h"
 #include "format/qcow2/qcow2.h"
 #include "support/builders.h"
 #include "support/model_disk.h"
@@ -303,18 +304,6 @@ struct Damage {
   std::function<void(MemImage&, uint64_t l1, uint64_t l2)> make;
   const char* error;
 };
-
-template <class T>
-T peek(const MemImage& image, uint64_t offset) {
-  be<T> value;
-  image.read(offset, std::as_writable_bytes(std::span(&value, 1)));
-  return value;
-}
-template <class T>
-void poke(MemImage& image, uint64_t offset, T number) {
-  const be<T> value(number);
-  image.write(offset, std::as_bytes(std::span(&value, 1)));
-}
 
 TEST_CASE("qcow2 snapshots: a damaged one is refused, and nothing is written") {
   WatchedDisk made = new_disk();
