@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bytes.h"
+#include "luks_image.h"
 #include "qemu.h"
 #include "samples.h"
 #include "support/builders.h"
@@ -264,15 +265,14 @@ TEST_CASE("qcow2 check: images with compressed clusters, bitmaps and encryption 
       noise + "qemu-img convert -f raw -O qcow2 -c -o cluster_size=2M {}.raw {} && rm {}.raw",
       "qemu-img create -f qcow2 {} 4M && qemu-img bitmap --add {} b && qemu-io -f qcow2 -c 'write 1M 1M' {} && "
       "qemu-img bitmap --add -g 512 {} c && qemu-img snapshot -c s {}",
-      // QEMU measures the CPU first, and gives up when others use it.
-      "for i in 1 2 3 4 5 6 7 8 9; do qemu-img create -f qcow2 --object secret,id=s,data=x -o "
-      "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=50 {} 4M && exit 0; done; exit 1",
       "qemu-img create -f qcow2 -o refcount_bits=2,cluster_size=1k {} 4M && qemu-io -f qcow2 -c 'write 100k 2M' {} && "
       "qemu-img snapshot -c a {} && qemu-img snapshot -c b {}",
+      "qemu-img create -f qcow2 {} 4M",  // to become an encrypted one
   };
   for (const std::string& command : commands) {
     CAPTURE(command);
-    const MemImage image = made_by(command);
+    MemImage image = made_by(command);
+    if (&command == std::end(commands) - 1) add_luks_header(image);
     CHECK(checked(image).report.clean());
     expect_like_qemu(image);
 
