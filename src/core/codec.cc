@@ -70,6 +70,7 @@ class Deflater {
 
 struct FreeDeflate {
   void operator()(libdeflate_decompressor* d) const { libdeflate_free_decompressor(d); }
+  void operator()(libdeflate_compressor* c) const { libdeflate_free_compressor(c); }
 };
 struct FreeZstd {
   void operator()(ZSTD_DCtx* d) const { ZSTD_freeDCtx(d); }
@@ -115,6 +116,21 @@ Result<> unzstd(ConstBytes in, Bytes out) {
 size_t deflate(ConstBytes in, Bytes out) {
   thread_local Deflater deflater;
   return deflater.run(in, out);
+}
+
+bool looks_incompressible(ConstBytes in) {
+  constexpr size_t kPieces = 4;
+  constexpr size_t kPiece = 4096;  // the window of deflate(): what repeats further away does not help it
+  if (in.size() < 2 * kPieces * kPiece) return false;  // to try is as cheap
+  thread_local const std::unique_ptr<libdeflate_compressor, FreeDeflate> fast(libdeflate_alloc_compressor(1));
+  if (!fast) std::abort();
+  constexpr size_t kWorthIt = kPiece - kPiece / 64;
+  std::byte out[kWorthIt];
+  for (size_t i = 0; i < kPieces; ++i) {
+    const ConstBytes piece = in.subspan(i * (in.size() / kPieces), kPiece);
+    if (libdeflate_deflate_compress(fast.get(), piece.data(), piece.size(), out, sizeof out) != 0) return false;
+  }
+  return true;
 }
 
 size_t zstd(ConstBytes in, Bytes out) {

@@ -22,7 +22,11 @@ Result<> unzstd(ConstBytes in, Bytes out);
 /// of QEMU's reader. Returns the stream's length, 0 if it does not fit.
 size_t deflate(ConstBytes in, Bytes out);
 
-/// As deflate(), as one zstd frame.
+/// Pieces of `in` that stand for the whole do not shrink, so that deflate(), which takes as long for what it cannot
+/// compress as for what it can, would be in vain. Costs a small part of it.
+bool looks_incompressible(ConstBytes in);
+
+/// As deflate(), as one zstd frame. What cannot be compressed it finds out by itself, soon.
 size_t zstd(ConstBytes in, Bytes out);
 
 /// The checksum of gzip and PNG, of what had the checksum `before` and `in` behind it.

@@ -47,10 +47,15 @@ class Qcow2Disk::Encoder {
     if (zeros_are_free_ && is_zero(data)) return {EncodedCluster::Form::zero, data, {}};
     const Bytes out = room.first(geometry_.cluster_size - 1);  // as long as a cluster is not worth it
     const ConstBytes whole = padded(data);
-    const size_t length =
-        geometry_.compression == Compression::zstd ? codec::zstd(whole, out) : codec::deflate(whole, out);
+    const size_t length = compress(whole, out);
     if (length == 0) return {EncodedCluster::Form::plain, data, {}};
     return {EncodedCluster::Form::stream, data, out.first(length)};
+  }
+
+  /// 0: not worth it.
+  size_t compress(ConstBytes whole, Bytes out) const {
+    if (geometry_.compression == Compression::zstd) return codec::zstd(whole, out);
+    return codec::looks_incompressible(whole) ? 0 : codec::deflate(whole, out);
   }
 
   ConstBytes padded(ConstBytes data) const {

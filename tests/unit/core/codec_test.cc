@@ -233,6 +233,19 @@ TEST_CASE("codec: what was compressed here comes back, and what does not fit is 
   }
 }
 
+TEST_CASE("codec: one compressible piece in a cluster is enough to try it") {
+  ByteVector content = pattern(65536);
+  CHECK(codec::looks_incompressible(content));
+  for (const size_t at : {size_t{0}, size_t{16384}, size_t{49152}}) {
+    ByteVector mixed = content;
+    std::fill_n(mixed.begin() + static_cast<ptrdiff_t>(at), 4096, std::byte{7});
+    CHECK_FALSE(codec::looks_incompressible(mixed));
+  }
+  CHECK_FALSE(codec::looks_incompressible(sample(65536)));
+  content.resize(4096);
+  CHECK_FALSE(codec::looks_incompressible(content));  // too short to be worth a look
+}
+
 TEST_CASE("codec: deflate reaches back no further than QEMU's reader, 4 KiB") {
   ByteVector content = pattern(6000, 1);
   append(content, pattern(6000, 1));  // what a larger window would find
