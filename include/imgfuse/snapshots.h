@@ -20,7 +20,8 @@ class Snapshots {
  public:
   virtual ~Snapshots() = default;
 
-  virtual std::vector<SnapshotInfo> list() const = 0;
+  /// Fails where the snapshot table is damaged; the disk itself can be used all the same.
+  virtual Result<std::vector<SnapshotInfo>> list() const = 0;
   /// Durable when it returns, and so is everything that was acknowledged before.
   virtual Result<SnapshotInfo> create(const std::string& name) = 0;
   /// The disk becomes what it was; what was written since is lost unless another snapshot holds it.

@@ -105,8 +105,9 @@ Result<Snapshots*> Commands::snapshots() {
 Result<Json> Commands::snapshot_list(Arguments& arguments) {
   IMG_TRY(arguments.finish());
   IMG_LET(Snapshots* const snapshots, snapshots());
+  IMG_LET(const std::vector<SnapshotInfo> infos, snapshots->list());
   Json list = Json::array();
-  for (const SnapshotInfo& snapshot : snapshots->list()) list.push_back(describe(snapshot));
+  for (const SnapshotInfo& snapshot : infos) list.push_back(describe(snapshot));
   return list;
 }
 

@@ -71,7 +71,9 @@ SnapshotFolder::SnapshotFolder(Disk& disk, NodeNumber folder, NodeNumber first, 
 }
 
 void SnapshotFolder::refresh() {
-  const std::vector<SnapshotInfo> list = snapshots_.list();
+  const Result<std::vector<SnapshotInfo>> known = snapshots_.list();
+  // A damaged table was said to be one when the image was opened: nothing in it can be shown.
+  const std::vector<SnapshotInfo> list = known ? *known : std::vector<SnapshotInfo>();
   std::vector<std::shared_ptr<Entry>> dropped;  // closed without the lock
   const Lock lock(mutex_);
   std::multimap<Identity, NodeNumber> gone;

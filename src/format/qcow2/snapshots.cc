@@ -98,8 +98,9 @@ std::vector<Snapshot> Qcow2Snapshots::snapshots() const {
   return table_.snapshots;
 }
 
-std::vector<SnapshotInfo> Qcow2Snapshots::list() const {
+Result<std::vector<SnapshotInfo>> Qcow2Snapshots::list() const {
   Lock lock(mutex_);
+  if (damage_) return fail(*damage_);
   std::vector<SnapshotInfo> infos;
   for (const Snapshot& snapshot : table_.snapshots) infos.push_back(snapshot.info);
   return infos;

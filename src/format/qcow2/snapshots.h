@@ -25,7 +25,7 @@ class Qcow2Snapshots final : public Snapshots {
   /// Reads the snapshot table. A damaged one is an error of every later call, not of opening the disk.
   void load();
 
-  std::vector<SnapshotInfo> list() const override;
+  Result<std::vector<SnapshotInfo>> list() const override;
   Result<SnapshotInfo> create(const std::string& name) override;
   Result<> apply(const std::string& id_or_name) override;
   Result<> remove(const std::string& id_or_name) override;

@@ -57,7 +57,7 @@ class SnapshotMemoryDisk : public MemoryDisk, private Snapshots {
     return fail(ErrorCode::not_found, "there is no snapshot \"{}\"", id_or_name);
   }
 
-  std::vector<SnapshotInfo> list() const override {
+  Result<std::vector<SnapshotInfo>> list() const override {
     const Lock lock(mutex_);
     std::vector<SnapshotInfo> list;
     for (const Kept& kept : kept_) list.push_back(kept.info);
