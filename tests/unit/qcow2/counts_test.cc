@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "format/raw/raw.h"
 #include "support/builders.h"
 
 namespace {
@@ -123,6 +124,39 @@ TEST_CASE("qcow2: discarding and writing again costs two host flushes per flush,
   }
 
   CHECK(f.memory->counts().flushes <= 100);
+}
+
+TEST_CASE("qcow2: small random writes to an overlay with subclusters cost a tenth more than the guest writes") {
+  constexpr uint64_t kWrite = 4096, kWrites = 16384;
+  const auto overlay = std::make_shared<MemStorage>(
+      make_qcow2({.size = 1_GiB, .cluster_size = 131072, .backing = "base", .extended_l2 = true}));
+  MemImage content;
+  content.write(0, pattern(1_MiB));
+  content.resize(1_GiB);
+  const auto below = std::make_shared<MemStorage>(content, false);
+  qcow2::OpenParameters parameters;
+  parameters.open_backing = [&](const std::string&, const std::optional<std::string>&) {
+    return raw::open(below, {.read_only = true});
+  };
+  auto disk = must(qcow2::open(overlay, std::move(parameters)));
+  Rng rng(base_seed());
+  const std::vector<std::byte> bytes = pattern(kWrite);
+  overlay->counts().reset();
+  below->counts().reset();
+
+  for (uint64_t i = 1; i <= kWrites; ++i) {
+    must(disk->write(GuestOffset(rng.below(1_GiB / kWrite) * kWrite), bytes));
+    if (i % 256 == 0) must(disk->flush());
+  }
+
+  const uint64_t guest = kWrites * kWrite;
+  const uint64_t host = overlay->counts().bytes_written;
+  INFO(host << " bytes on the host for " << guest << " of the guest");
+  CHECK(host <= guest + guest / 10);
+  CHECK(overlay->counts().zeroes == 0);
+  CHECK(below->counts().reads == 0);
+  must(disk->close());
+  CHECK(check_image(overlay->image()).clean());
 }
 
 TEST_CASE("qcow2: threads that flush at the same time share host flushes") {
