@@ -1,0 +1,131 @@
+"""Images that QEMU's tools made and changed at random: imgfuse reads them as they do, and what it changes in them at
+random they read as a model says, without an error or a leak."""
+import json
+import os
+import queue
+import shutil
+import subprocess
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness import IMGFUSE, ImageCase, attempt, by_scale, run, seed
+from random_images import RandomImage, make_shared_files
+
+SEED = seed()
+IMAGES = int(os.environ.get('IMG_IMAGES') or by_scale(200, 1000, 10000))
+BATCH = 100
+EXERCISE = Path(IMGFUSE).resolve().parents[2] / 'tests/conformance/exercise'
+
+
+class Exercise:
+    """The program that changes images, one after the other; it ends with the first failure."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([EXERCISE, '--minimal'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)
+
+    def change(self, image, number, compression):
+        self.process.stdin.write('%s %d %s\n' % (image, number, compression))
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer.startswith('ok '):
+            raise AssertionError(answer + self.process.communicate()[0])
+        return answer.split()[1]
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+class RandomImages(ImageCase):
+    """One test for each hundred images; they are made at the end of this file."""
+
+    seconds = 3600
+
+    def run_batch(self, first, last):
+        self.layers = make_shared_files(self.folder, SEED)
+        self.idle = queue.SimpleQueue()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            failures = [failure for failure in pool.map(self.failure_of, range(first, last)) if failure]
+        while not self.idle.empty():
+            self.idle.get().end()
+        self.assertEqual(len(failures), 0, '\n\n'.join(failures[:3]))
+
+    def failure_of(self, number):
+        folder_name = 'image%d.qcow2' % number
+        image = RandomImage(self.folder, folder_name, number, self.layers)
+        try:
+            self.try_image(image, number)
+        except Exception as failure:  # pylint: disable=broad-except
+            return 'Again with IMG_SEED=%d IMG_IMAGES=1:\n  %s\n%s' % (number, '\n  '.join(image.commands), failure)
+        finally:
+            for file in self.folder.glob(folder_name + '*'):
+                file.unlink()
+        return None
+
+    def try_image(self, image, number):
+        image.create()
+        image.work()
+        path = image.path
+        theirs, original = Path(str(path) + '.theirs'), Path(str(path) + '.original')
+        run('qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', path, theirs)
+        shutil.copyfile(path, original)
+
+        exercise = self.idle_exercise()
+        snapshot = exercise.change(path, number, image.random.choice(('-', image.compression)))
+        self.idle.put(exercise)
+
+        self.assert_same_bytes(read(path, '.before'), theirs.read_bytes(), 'the disk as QEMU left it')
+        self.assert_sound(path, original)
+        run('qemu-img', 'compare', '-q', '-f', 'raw', '-F', 'qcow2', str(path) + '.after', path)
+        if snapshot != '-':
+            run('qemu-img', 'convert', '-l', 'snapshot.id=' + snapshot, '-f', 'qcow2', '-O', 'raw', path, theirs)
+            held, shown = read(path, '.snapshot'), theirs.read_bytes()
+            shorter = min(len(held), len(shown))  # QEMU gives the disk's size to its snapshots
+            self.assert_same_bytes(held[:shorter], shown[:shorter], 'snapshot ' + snapshot)
+
+    def idle_exercise(self):
+        try:
+            return self.idle.get_nowait()
+        except queue.Empty:
+            return Exercise()
+
+    def assert_same_bytes(self, ours, theirs, what):
+        self.assertTrue(ours == theirs, 'imgfuse and qemu-img do not read the same: ' + what)
+
+    def assert_sound(self, path, original):
+        """No damage; where QEMU itself left some, no more of it."""
+        left = self.damage(path)
+        if left != (0, 0):
+            before = self.damage(original)
+            self.assertTrue(left[0] <= before[0] and left[1] <= before[1], '%s\nbefore imgfuse changed it:\n%s' % (
+                attempt('qemu-img', 'check', path), attempt('qemu-img', 'check', original)))
+
+    def damage(self, path):
+        outcome = attempt('qemu-img', 'check', '-f', 'qcow2', '--output=json', path)
+        self.assertIn(outcome.status, (0, 2, 3), outcome)
+        found = json.loads(outcome.out)
+        return found.get('corruptions', 0), found.get('leaks', 0)
+
+
+def read(path, suffix):
+    return Path(str(path) + suffix).read_bytes()
+
+
+def add_batch(first, last):
+    setattr(RandomImages, 'test_images_%05d_to_%05d' % (first, last - 1),
+            lambda self: self.run_batch(SEED + first, SEED + last))
+
+
+for _first in range(0, IMAGES, BATCH):
+    add_batch(_first, min(_first + BATCH, IMAGES))
+
+
+def setUpModule():
+    print('%d random images, IMG_SEED=%d' % (IMAGES, SEED))
+
+
+if __name__ == '__main__':
+    unittest.main()
