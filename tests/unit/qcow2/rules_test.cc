@@ -4,6 +4,7 @@
 #include "base/math.h"
 #include "bytes.h"
 #include "core/codec.h"
+#include "format/qcow2/header.h"
 #include "imgfuse/snapshots.h"
 #include "samples.h"
 #include "support/builders.h"
@@ -123,6 +124,47 @@ TEST_CASE("rule 13: an L1 table that is longer than the disk needs keeps its len
   CHECK(check_image(image).clean());
   poke<uint64_t>(image, 24, 8_MiB);
   CHECK(read_image(image, 6_MiB, 4096) == pattern(4096));
+}
+
+TEST_CASE("rule 2: a header of a crooked length is read, and written with a multiple of 8") {
+  MemImage image = make_qcow2({.size = 1_MiB});
+  image.zero(104, 1000);
+  poke<uint32_t>(image, 100, 115);
+  poke_text(image, 112, "end");
+  MemStorage storage(image);
+
+  const qcow2::Header header = must(qcow2::read_header(storage, qcow2::Purpose::write));
+  const std::vector<std::byte> written = must(qcow2::encode_header(header));
+
+  CHECK(header.unknown_tail.size() == 3);
+  image.write(0, written);
+  CHECK(peek<uint32_t>(image, 100) == 120);
+  CHECK(peek<uint32_t>(image, 112) == 0x656e6400);
+}
+
+TEST_CASE("rule 18: a feature name that fills its 46 bytes needs no NUL") {
+  MemImage image = make_qcow2({.size = 1_MiB});
+  image.zero(112, 1000);
+  const std::string name(46, 'x');
+  poke<uint32_t>(image, 112, 0x6803f857);
+  poke<uint32_t>(image, 116, 2 * 48);
+  poke_text(image, 120, std::string{0, 33} + name + std::string{0, 34} + "next");
+  poke<uint64_t>(image, 72, uint64_t{1} << 33);
+
+  const auto refused = open_qcow2(std::make_shared<MemStorage>(image), {.read_only = true});
+
+  REQUIRE_FALSE(refused);
+  CHECK(refused.error().text().find("\"" + name + "\" (bit 33)") != std::string::npos);
+}
+
+TEST_CASE("rule q10: a backing file's name ends where its length says, whatever follows") {
+  MemImage image = make_qcow2({.size = 1_MiB});
+  poke_text(image, 1000, "base.img, and more");
+  poke<uint64_t>(image, 8, 1000);
+  poke<uint32_t>(image, 16, 8);
+  MemStorage storage(image);
+
+  CHECK(must(qcow2::info(storage)).backing_filename == "base.img");
 }
 
 TEST_CASE("rule q16: a disk of no bytes may have no L1 table") {
