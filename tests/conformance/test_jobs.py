@@ -250,6 +250,20 @@ class Measure(JobCase):
                 ours, theirs = self.both('measure', '--output=json', *options, image)
                 self.assertEqual(json.loads(ours.out), json.loads(theirs.out))
 
+    def test_bitmaps(self):
+        for options in ('', 'cluster_size=4k', 'cluster_size=2M'):
+            image = self.image('%s.qcow2' % (options or 'default'), options=options, fill=False)
+            for name, granularity in (('a', 512), ('a longer name', 4 * KiB), ('coarse', MiB)):
+                run('qemu-img', 'bitmap', '--add', '-g', granularity, image, name)
+                qemu_io(image, 'qcow2', ['write -P 5 %dM 2M' % self.random.choice((0, 2, 4))])
+                for target in ('', 'cluster_size=512', 'cluster_size=2M', 'compat=0.10', 'extended_l2=on'):
+                    with self.subTest(image=image.name, bitmaps=name, target=target):
+                        option = ('-o', target) if target else ()
+                        self.assert_alike('measure', '-O', 'qcow2', *option, image)
+                        ours, theirs = self.both('measure', '--output=json', '-O', 'qcow2', *option, image)
+                        self.assertEqual(json.loads(ours.out), json.loads(theirs.out))
+                self.assert_alike('measure', '-O', 'raw', image)
+
     def test_bad_requests(self):
         image = self.image('plain.qcow2')
         for arguments in ((), ('--size', '1G', image), ('--size', '-5'), ('-O', 'nonsense', image), (self.path('none'),)):
@@ -297,6 +311,39 @@ class Resize(JobCase):
         self.resize_both(image, 'qcow2', '6M')
         self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '-1M')
         self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '1M')
+
+    def test_shrinking_qcow2(self):
+        """Down, and up again: what was cut off does not come back. QEMU shows it in the cluster that the old end was in:
+        it is not asked to."""
+        for options in ('', 'cluster_size=512', 'cluster_size=2M', 'compat=0.10', 'refcount_bits=1',
+                        'extended_l2=on', 'lazy_refcounts=on', 'preallocation=full'):
+            image = self.image('disk.qcow2', options=options, version=2 if 'compat' in options else 3)
+            for arguments in (('--shrink', '6M'), ('--shrink', '-2M'), ('+2M',), ('--shrink', '2M'), ('8M',),
+                              ('--shrink', str(MiB + 512)), ('--shrink', '-1M')):
+                with self.subTest(options, arguments=arguments):
+                    self.resize_both(image, 'qcow2', *arguments)
+            image.unlink()
+
+    def test_shrinking_an_overlay(self):
+        self.image('base.qcow2', size=5 * MiB)
+        for options in ('cluster_size=4k', 'extended_l2=on'):
+            overlay = self.image('overlay.qcow2', options=options, backing=('base.qcow2', 'qcow2'))
+            for arguments in (('--shrink', '2M'), ('+4M',), ('--shrink', '-1M'), ('+1M',)):
+                with self.subTest(options, arguments=arguments):
+                    self.resize_both(overlay, 'qcow2', *arguments)
+
+    def test_preallocation_of_qcow2_images(self):
+        for mode in ('metadata', 'falloc', 'full'):
+            for options in ('', 'cluster_size=512', 'cluster_size=2M', 'extended_l2=on', 'refcount_bits=64'):
+                with self.subTest(mode, options=options):
+                    image = self.image('disk.qcow2', options=options)
+                    before = image.stat().st_blocks
+                    self.resize_both(image, 'qcow2', '--preallocation=' + mode, '+4M')
+                    extents = json.loads(run('qemu-img', 'map', '--output=json', '-f', 'qcow2', image))
+                    bare = [e for e in extents if e['start'] + e['length'] > SIZE + 2 * MiB and 'offset' not in e]
+                    self.assertEqual(bare, [])
+                    if mode != 'metadata':
+                        self.assertGreaterEqual((image.stat().st_blocks - before) * 512, 2 * MiB)
 
     def test_what_a_longer_backing_file_holds_is_not_shown(self):
         self.image('base.raw', 'raw', 9 * MiB)

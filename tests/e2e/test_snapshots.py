@@ -654,6 +654,29 @@ class Resize(SnapshotCase):
         mount.unmount()
         self.assertEqual(os.stat(image).st_size, 5 * MiB)
 
+    def test_a_mounted_disk_with_a_snapshot_shrinks_only_when_asked_to(self):
+        for compat, may_shrink in (('1.1', True), ('0.10', False)):
+            with self.subTest(compat):
+                image = self.qcow2('%s.qcow2' % compat, '8M', '-o', 'compat=' + compat)
+                content = pattern(8 * MiB, compat)
+                mount = self.mount(image)
+                self.write(mount, 0, content)
+                imgfuse('snapshot', 'create', mount.point, 'whole')
+                self.write(mount, MiB, bytes(MiB))
+                refused = attempt(IMGFUSE, 'resize', mount.point, '5M')
+                self.assertEqual((refused.status, len(refused.err.splitlines())), (1, 1), refused)
+                self.assertIn('has to be asked for', refused.err)
+                outcome = attempt(IMGFUSE, 'resize', '-q', '--shrink', mount.point, '5M')
+                self.assertEqual(outcome.status, 0 if may_shrink else 1, outcome)
+                size = 5 * MiB if may_shrink else 8 * MiB
+                self.assertEqual(os.stat(mount.disk).st_size, size)
+                changed = content[:MiB] + bytes(MiB) + content[2 * MiB:size]
+                self.assertEqual(self.read(mount.disk, 0, 8 * MiB), changed)
+                imgfuse('snapshot', 'apply', mount.point, 'whole')
+                self.assertEqual(self.read(mount.disk, 0, 8 * MiB), content)
+                mount.unmount()
+                self.assert_clean(image)
+
 
 if __name__ == '__main__':
     unittest.main()
