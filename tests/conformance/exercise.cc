@@ -194,7 +194,8 @@ TEST_CASE("exercise: images hold what they should") {
     std::istringstream(line) >> path >> seed >> compress;
     Exercise exercise(path, seed, compress == "-" ? std::nullopt : std::optional(compress));
     INFO(path << ", seed " << seed << exercise.requests());
-    std::cout << "ok " << exercise.run() << std::endl;
+    const std::string snapshot = exercise.run();
+    std::cout << "ok " << snapshot << std::endl;
   }
 }
 

@@ -28,10 +28,12 @@ class Exercise:
     def change(self, image, number, compression):
         self.process.stdin.write('%s %d %s\n' % (image, number, compression))
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer.startswith('ok '):
-            raise AssertionError(answer + self.process.communicate()[0])
-        return answer.split()[1]
+        said = ''
+        for line in self.process.stdout:  # warnings first; without an answer it has ended
+            if line.startswith('ok '):
+                return line.split()[1]
+            said += line
+        raise AssertionError(said)
 
     def end(self):
         self.process.stdin.close()
