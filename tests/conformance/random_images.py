@@ -156,8 +156,8 @@ class RandomImage:
         self.size = size
 
     def change_bitmaps(self):
-        if self.version == 2:
-            return
+        if self.version == 2 or self.size == 0:
+            return  # which QEMU refuses, or forgets when it closes the image
         if len(self.bitmaps) < 2:
             name = 'bitmap%d' % len(self.commands)
             self.qemu_img('bitmap', '-f', 'qcow2', '--add', '-g', 512 << self.random.randrange(9), self.path.name, name)

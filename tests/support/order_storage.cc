@@ -116,7 +116,7 @@ Result<> OrderStorage::flush() {
   }
   for (auto& [cluster, fill] : fills_)
     if (covered.contains(fill.change)) fill.change = 0;
-  switched_.clear();
+  std::erase_if(switched_, [&](const auto& switched) { return covered.contains(switched.second.change); });
   start_epoch();
   return {};
 }
@@ -279,7 +279,7 @@ void OrderStorage::check_counts() {
     least = std::min(least, stored);
     uint64_t allowed = least;
     if (const auto switched = switched_.find(first->cluster); switched != switched_.end())
-      allowed = std::max(allowed, std::min(stored, switched->second));
+      allowed = std::max(allowed, std::min(stored, switched->second.count));
     if (owners > allowed)
       violation(fmt::format("{}: cluster {} may have {} references ({}{}) with a durable count of {}",
                             lowered ? "I5" : "I1", first->cluster, owners, first->owner.text(),
@@ -348,7 +348,7 @@ void OrderStorage::check_refcount_table(const Change& change) {
       if (count == 0)
         violation(fmt::format("I6: {} at cluster {} may be reached without a count of its own", reference.owner.text(),
                               reference.cluster));
-      switched_[reference.cluster] = count;
+      switched_[reference.cluster] = {change.number, count};
     }
   }
 }

@@ -66,6 +66,11 @@ class OrderStorage final : public Storage {
     uint64_t change = 0;  // its number; 0: durable
     bool shown = false;   // something shows it
   };
+  /// A count that becomes durable together with the pointer to what it counts.
+  struct Switched {
+    uint64_t change = 0;  // its number
+    uint64_t count = 0;
+  };
 
   template <class Call>
   Result<> make(Change change, bool discards, Call call);
@@ -100,7 +105,7 @@ class OrderStorage final : public Storage {
   std::optional<Qcow2View> view_ GUARDED_BY(mutex_);       // of current_; empty: asleep
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
-  std::map<uint64_t, uint64_t> switched_ GUARDED_BY(mutex_);  // counts that become durable with the pointer to them
+  std::map<uint64_t, Switched> switched_ GUARDED_BY(mutex_);  // by cluster, until that change is durable
   std::map<uint64_t, Fill> fills_ GUARDED_BY(mutex_);         // by part: cluster times parts of a cluster
 };
 
