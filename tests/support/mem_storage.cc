@@ -91,7 +91,8 @@ StorageExtent MemImage::extent(uint64_t offset, uint64_t length) const {
   uint64_t end = first;  // in pages
   const bool data = it != pages_.end() && it->first == first;
   if (data) {
-    for (; it != pages_.end() && it->first == end; ++it) ++end;
+    const auto is_enough = [&] { return end > first && end * kPageSize - offset >= length; };
+    for (; it != pages_.end() && it->first == end && !is_enough(); ++it) ++end;
   } else if (it == pages_.end()) {
     return {length, false};
   } else {

@@ -144,7 +144,8 @@ void OrderStorage::start_epoch() {
   std::set_union(durable->references().begin(), durable->references().end(), view_->references().begin(),
                  view_->references().end(), std::back_inserter(possible_));
   for (const Reference& reference : possible_)
-    least_[reference.cluster] = std::min(durable->count(reference.cluster), view_->count(reference.cluster));
+    if (const uint64_t cluster = reference.cluster; least_.empty() || least_.rbegin()->first != cluster)
+      least_.emplace_hint(least_.end(), cluster, std::min(durable->count(cluster), view_->count(cluster)));
   std::erase_if(fills_, [&](const auto& fill) REQUIRES(mutex_) { return fill.second.shown && !shows(fill.first); });
 }
 
@@ -268,12 +269,14 @@ void OrderStorage::check_switch() {
 
 /// I1 and I5 in one: no mixture of what may be there has more references than counts.
 void OrderStorage::check_counts() {
+  auto counted = least_.begin();
   for (auto first = possible_.begin(); first != possible_.end();) {
+    while (counted->first < first->cluster) ++counted;
     uint64_t owners = 0;
     auto next = first;
     for (; next != possible_.end() && next->cluster == first->cluster; ++next)
       owners += next == first || next->owner != std::prev(next)->owner;
-    uint64_t& least = least_[first->cluster];
+    uint64_t& least = counted->second;
     const uint64_t stored = view_->count(first->cluster);
     const bool lowered = stored < least;
     least = std::min(least, stored);

@@ -66,7 +66,7 @@ std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   view.read_l1(image, load<uint64_t>(image, 40), load<uint32_t>(image, 36), 0);
   view.read_snapshots(image, load<uint64_t>(image, 64), load<uint32_t>(image, 60));
   view.read_bitmaps(image);
-  std::sort(view.references_.begin(), view.references_.end());
+  std::stable_sort(view.references_.begin(), view.references_.end());  // which likes long sorted runs
   return view;
 }
 
@@ -197,6 +197,8 @@ void Qcow2View::read_bitmaps(const MemImage& image) {
 }
 
 uint64_t Qcow2View::count(uint64_t cluster) const {
+  if (cluster < counts_.size() && counts_[cluster].first == cluster)
+    return counts_[cluster].second;  // no gap before it
   const auto at = std::lower_bound(counts_.begin(), counts_.end(), std::pair<uint64_t, uint64_t>(cluster, 0));
   return at != counts_.end() && at->first == cluster ? at->second : 0;
 }
