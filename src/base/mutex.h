@@ -31,7 +31,7 @@
 namespace imgfuse {
 
 /// Locks are taken in increasing rank only (src/README.md, "Locks").
-enum class LockRank : uint8_t { tables, search, metadata, cache, leaf };
+enum class LockRank : uint8_t { tables, search, header, metadata, cache, leaf };
 
 /// Which ranks the calling thread holds. Checked wherever asserts are compiled in; costs a few thread-local counts.
 class HeldRanks {

@@ -24,13 +24,17 @@ Result<> Flusher::run_cycle() {
   IMG_TRY(latch_.check());
   client_.cut();
   Result<> result;
+  bool unflushed = true;  // guest data
   for (unsigned stage = 0; result && stage < stages_; ++stage) {
     Result<bool> wrote = client_.write_stage(stage);
     if (!wrote) {
       result = fail(std::move(wrote).error());
-    } else if (*wrote || stage == 0) {
-      result = storage_.flush();
+      break;
     }
+    unflushed = unflushed || *wrote;
+    if (!unflushed || (stage + 1 < stages_ && !client_.needs_barrier(stage))) continue;
+    result = storage_.flush();
+    unflushed = false;
   }
   if (!result) latch_.set(result.error());
   client_.end_cycle(result.has_value());

@@ -14,7 +14,7 @@ namespace imgfuse {
 ///
 ///   cut        the client freezes what is dirty              short, no I/O
 ///   stage 0    what must be durable before anything points at it
-///   barrier    always: it covers guest data too
+///   barrier    it covers guest data too; left to the last stage if the client needs none here
 ///   stage 1    the pointers                                  skipped, with its barrier, when there are none
 ///   barrier
 ///   end        frozen tables thaw; what was unmapped may be freed
@@ -29,6 +29,11 @@ class Flusher {
     virtual void cut() = 0;
     /// Returns whether anything was written.
     virtual Result<bool> write_stage(unsigned stage) = 0;
+    /// Whether guest data and what this stage wrote must be durable before the next stage writes.
+    virtual bool needs_barrier(unsigned stage) const {
+      (void)stage;
+      return true;
+    }
     virtual void end_cycle(bool durable) = 0;
   };
 

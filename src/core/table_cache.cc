@@ -206,6 +206,11 @@ void TableCache::thaw(const Batch& batch, bool written) {
   }
 }
 
+bool TableCache::has_dirty(unsigned stage) const {
+  Lock lock(mutex_);
+  return !dirty_[stage].empty();
+}
+
 bool TableCache::wants_flush() const {
   Lock lock(mutex_);
   return dirty_count_ > max_tables_ / 2;

@@ -98,6 +98,7 @@ class TableCache {
   void thaw(const Batch& batch, bool written) EXCLUDES(mutex_);
 
   size_t table_bytes() const { return table_bytes_; }
+  bool has_dirty(unsigned stage) const EXCLUDES(mutex_);
   /// More than half of the cache is dirty: time for a cycle.
   bool wants_flush() const EXCLUDES(mutex_);
 

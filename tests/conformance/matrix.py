@@ -86,7 +86,10 @@ def matrix():
               for c in clusters]
     specs += [Spec(version=v, cluster=c, preallocation=p)
               for v, c, p in product(versions, clusters, ('metadata', 'falloc', 'full'))]
-    specs += [Spec(cluster=c, lazy_refcounts=True) for c in clusters]
+    lazy = functools.partial(Spec, lazy_refcounts=True)
+    specs += [lazy(cluster=c, refcount_bits=b) for c, b in product(clusters, (1, 16, 64))]
+    specs += [lazy(cluster=c, snapshots=True, compression=z) for c, z in product(clusters, ('none', 'zlib'))]
+    specs += [lazy(cluster=c, backing=(f,), backing_size='shorter') for c, f in product(clusters, ('raw', 'qcow2'))]
     specs += [Spec(version=v, cluster=c, odd_size=True) for v, c in product(versions, clusters)]
     specs += [Spec(cluster=c, odd_size=True, compression='zlib', backing=('raw',)) for c in clusters]
     for c in (16 * KiB, 64 * KiB, 2 * MiB):

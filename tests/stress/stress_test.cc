@@ -270,14 +270,18 @@ void stress(const Qcow2Spec& spec, bool with_backing) {
   }
 }
 
-TEST_CASE("qcow2: snapshots come and go beside threads that write") {
+void stress_snapshots(const Qcow2Spec& spec) {
   for (const bool watched : {false, true}) {
     INFO("IMG_SEED=" << base_seed() << (watched ? ", order watched" : ""));
-    Stress stress({.size = 3_MiB, .cluster_size = 4096}, watched, true);
+    Stress stress(spec, watched, true);
     const uint64_t requests = from_environment("IMG_RUNS", 4000);
     stress.run_beside_snapshots(watched ? requests / 4 : requests);
     stress.finish();
   }
+}
+
+TEST_CASE("qcow2: snapshots come and go beside threads that write") {
+  stress_snapshots({.size = 3_MiB, .cluster_size = 4096});
 }
 
 TEST_CASE("qcow2: threads do not disturb each other on 4 KiB clusters") {
@@ -294,6 +298,15 @@ TEST_CASE("qcow2: threads do not disturb each other on 64 KiB clusters over a ba
 
 TEST_CASE("qcow2: threads do not disturb each other in version 2 over a backing file") {
   stress({.size = 6_MiB, .cluster_size = 4096, .version = 2}, true);
+}
+
+TEST_CASE("qcow2: threads do not disturb each other while counts are postponed") {
+  stress({.size = 12_MiB, .cluster_size = 4096, .lazy_refcounts = true}, false);
+  stress({.size = 6_MiB, .cluster_size = 512, .refcount_bits = 64, .lazy_refcounts = true}, true);
+}
+
+TEST_CASE("qcow2: snapshots come and go beside threads that write while counts are postponed") {
+  stress_snapshots({.size = 3_MiB, .cluster_size = 4096, .lazy_refcounts = true});
 }
 
 }  // namespace

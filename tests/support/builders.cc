@@ -17,6 +17,7 @@ MemImage make_qcow2(const Qcow2Spec& spec) {
   options.refcount_bits = spec.refcount_bits;
   options.version = spec.version;
   options.extended_l2 = spec.extended_l2;
+  options.lazy_refcounts = spec.lazy_refcounts;
   options.backing_file = spec.backing;
   options.compression_type = spec.compression;
   if (spec.backing) options.backing_format = "raw";
@@ -45,6 +46,12 @@ WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec) {
   auto memory = std::make_shared<MemStorage>(image);
   auto disk = must(open_qcow2(std::make_shared<OrderStorage>(memory, image), spec));
   return {std::move(memory), std::move(disk)};
+}
+
+MemImage reopened(const MemImage& image, const OpenSpec& spec) {
+  const auto storage = std::make_shared<MemStorage>(image);
+  must(must(open_qcow2(storage, spec))->close());
+  return storage->image();
 }
 
 std::optional<MemImage> with_snapshot(const MemImage& image) {

@@ -21,6 +21,7 @@ struct Qcow2Spec {
   std::optional<std::string> backing;  ///< name of a raw backing file
   std::string compression = "zlib";
   bool extended_l2 = false;
+  bool lazy_refcounts = false;
 };
 
 /// A fresh qcow2 image.
@@ -47,6 +48,9 @@ struct WatchedDisk {
   Disk* operator->() const { return disk.get(); }
 };
 WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec = {});
+
+/// The image as opening it for writing and closing it leaves it: repaired where counts were postponed.
+MemImage reopened(const MemImage& image, const OpenSpec& spec = {});
 
 /// Puts an internal snapshot into the image, with qemu-img; nothing if that is not installed.
 std::optional<MemImage> with_snapshot(const MemImage& image);

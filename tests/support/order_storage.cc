@@ -26,6 +26,8 @@ bool reads_zero(const MemImage& image, uint64_t offset, uint64_t length) {
   return true;
 }
 
+bool can_be_watched(const std::optional<Qcow2View>& view) { return view && (!view->is_dirty() || view->is_lazy()); }
+
 bool before_cluster(const Reference& reference, uint64_t cluster) { return reference.cluster < cluster; }
 
 }  // namespace
@@ -48,6 +50,7 @@ void OrderStorage::apply(const Change& change, MemImage& image) {
   } else {
     image.zero(change.offset, change.length);
   }
+  if (change.new_size) image.resize(*change.new_size);
 }
 
 // ---- The calls
@@ -97,6 +100,14 @@ Result<> OrderStorage::discard(HostRange range) {
   return make({0, range.begin.bytes(), range.length, false, {}}, true, [&] { return inner_->discard(range); });
 }
 
+/// Cutting the file off discards what lay there.
+Result<> OrderStorage::resize(uint64_t size) {
+  IMG_LET(const uint64_t old_size, inner_->size());
+  Change change{0, size, old_size > size ? old_size - size : 0, false, {}};
+  change.new_size = size;
+  return make(std::move(change), true, [&] { return inner_->resize(size); });
+}
+
 Result<> OrderStorage::flush() {
   std::set<uint64_t> covered;  // other flushes may run at the same time
   {
@@ -124,6 +135,7 @@ Result<> OrderStorage::flush() {
 /// The call failed: some of it may have been written.
 void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left) {
   change->is_write = true;
+  change->new_size.reset();
   change->data = std::move(left);
   apply(*change, current_);
   std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
@@ -137,7 +149,8 @@ void OrderStorage::start_epoch() {
   switching_ = false;
   const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
   view_ = Qcow2View::parse(current_);
-  if (!durable || durable->is_dirty() || !view_ || view_->is_dirty()) view_.reset();
+  if (!can_be_watched(durable) || !can_be_watched(view_)) view_.reset();
+  postponed_ = view_ && durable->is_lazy() && view_->is_lazy();
   possible_.clear();
   least_.clear();
   if (!view_) return fills_.clear();
@@ -218,12 +231,13 @@ bool OrderStorage::touches_metadata(const Change& change) const {
 
 void OrderStorage::check_metadata(const Change& change) {
   std::optional<Qcow2View> next = Qcow2View::parse(current_);
-  if (!next || next->is_dirty()) {
+  if (!can_be_watched(next)) {
     view_.reset();  // asleep until the next flush
     return;
   }
   for (const std::string& problem : next->problems()) violation("malformed: " + problem);
   view_ = std::move(next);
+  postponed_ = postponed_ && view_->is_lazy();
   if (switches_tables(change)) return check_switch();
   check_refcount_table(change);
 
@@ -283,7 +297,7 @@ void OrderStorage::check_counts() {
     uint64_t allowed = least;
     if (const auto switched = switched_.find(first->cluster); switched != switched_.end())
       allowed = std::max(allowed, std::min(stored, switched->second.count));
-    if (owners > allowed)
+    if (owners > allowed && !postponed_)
       violation(fmt::format("{}: cluster {} may have {} references ({}{}) with a durable count of {}",
                             lowered ? "I5" : "I1", first->cluster, owners, first->owner.text(),
                             owners > 1 ? ", " + std::prev(next)->owner.text() : "", allowed));
@@ -308,7 +322,7 @@ void OrderStorage::check_shown(const Reference& reference, uint64_t part) {
   const uint64_t in_file = reference.cluster * view_->parts() + part;
   const auto fill = fills_.find(in_file);
   if (fill != fills_.end()) {
-    if (fill->second.change && !seen)
+    if (fill->second.change && !seen && !may_show_early(reference, part))
       violation(fmt::format("{}: {} points at cluster {}, whose content is not flushed",
                             reference.owner.is_metadata() ? "I3" : "I2", reference.owner.text(), reference.cluster));
     fill->second.shown = true;
@@ -319,6 +333,16 @@ void OrderStorage::check_shown(const Reference& reference, uint64_t part) {
   if (!seen && !kept && !zeros)
     violation(fmt::format("I4: {} points at cluster {}, which still holds what it held before it was freed",
                           reference.owner.text(), reference.cluster));
+}
+
+/// Without the bytes there are zeros, and the guest cannot have read anything else.
+bool OrderStorage::may_show_early(const Reference& reference, uint64_t part) const {
+  const uint64_t size = view_->part_size();
+  const uint64_t begin = (reference.cluster * view_->parts() + part) * size;
+  const bool showed_nothing = std::none_of(possible_.begin(), possible_.end(), [&](const Reference& other) {
+    return other.owner == reference.owner && (other.shown != 0 || other.is_stream());
+  });
+  return postponed_ && showed_nothing && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
 }
 
 /// I2 for a stream: no write of its bytes waits for a flush. The cluster may hold older bytes beside them.

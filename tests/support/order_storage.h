@@ -28,7 +28,10 @@ namespace imgfuse::test {
 ///   I9  a header sector that switches several tables at once is written when all else is durable, to a state that is
 ///       sound by itself; nothing is written between it and its flush
 ///
-/// Asleep while the image is no clean qcow2 image (being created or repaired). Thread-safe.
+/// While the dirty bit of an image with lazy refcounts is durable, counts may say anything (I1, I5), and an entry may
+/// show bytes that are not flushed where there are zeros without them, and the entry showed nothing before (I2, I3).
+///
+/// Asleep while the image is no other qcow2 image without damage (being created or repaired). Thread-safe.
 class OrderStorage final : public Storage {
  public:
   /// Told what is wrong, in the thread whose call was wrong. By default it prints and aborts.
@@ -47,7 +50,7 @@ class OrderStorage final : public Storage {
   Result<> discard(HostRange range) override;
   Result<> allocate(HostRange range) override { return inner_->allocate(range); }
   Result<> flush() override;
-  Result<> resize(uint64_t size) override { return inner_->resize(size); }
+  Result<> resize(uint64_t size) override;
   Result<StorageExtent> extent(HostRange range) override { return inner_->extent(range); }
   Result<uint64_t> allocated() override { return inner_->allocated(); }
 
@@ -59,6 +62,7 @@ class OrderStorage final : public Storage {
     bool is_write = true;         // otherwise zeros
     std::vector<std::byte> data;  // (write)
     bool returned = false;
+    std::optional<uint64_t> new_size = {};  // of the file
   };
   using Changes = std::list<Change>;
   /// The first change that filled a part of a cluster since nobody could see what it holds.
@@ -86,6 +90,7 @@ class OrderStorage final : public Storage {
   void check_shown(const Reference& reference) REQUIRES(mutex_);
   void check_stream_shown(const Reference& reference) REQUIRES(mutex_);
   void check_shown(const Reference& reference, uint64_t part) REQUIRES(mutex_);
+  bool may_show_early(const Reference& reference, uint64_t part) const REQUIRES(mutex_);
   void give_up(Changes::iterator change, std::vector<std::byte> left) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
   bool shows(uint64_t part) const REQUIRES(mutex_);
@@ -103,6 +108,7 @@ class OrderStorage final : public Storage {
   Changes pending_ GUARDED_BY(mutex_);                     // not durable for sure, in the order of their calls
   bool switching_ GUARDED_BY(mutex_) = false;              // between a switch of tables and its flush
   std::optional<Qcow2View> view_ GUARDED_BY(mutex_);       // of current_; empty: asleep
+  bool postponed_ GUARDED_BY(mutex_) = false;              // no crash leaves an image whose counts are believed
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
   std::map<uint64_t, Switched> switched_ GUARDED_BY(mutex_);  // by cluster, until that change is durable

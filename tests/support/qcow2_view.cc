@@ -57,6 +57,7 @@ std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   view.extended_l2_ = (features & 16) != 0;
   view.data_file_ = (features & 4) != 0;
   view.dirty_ = (features & 3) != 0;
+  view.lazy_ = (features & 3) == 1 && (load<uint64_t>(image, 80) & 1) != 0;
   view.refcount_bits_ = 1u << (view.version_ == 3 ? load<uint32_t>(image, 96) : 4);
   view.refcount_table_ = load<uint64_t>(image, 48);
   view.refcount_table_bytes_ = uint64_t{load<uint32_t>(image, 56)} << view.cluster_bits_;

@@ -61,6 +61,8 @@ class Qcow2View {
   uint64_t all_parts() const { return (uint64_t{1} << parts()) - 1; }
   /// Refcounts cannot be relied on: the dirty or the corrupt bit is set.
   bool is_dirty() const { return dirty_; }
+  /// It is only that counts are postponed: the dirty bit is set, and an image with lazy refcounts may have it.
+  bool is_lazy() const { return lazy_; }
   uint64_t refcount_table() const { return refcount_table_; }
   uint64_t refcount_table_bytes() const { return refcount_table_bytes_; }
   /// Sorted.
@@ -82,6 +84,7 @@ class Qcow2View {
   unsigned version_ = 0;
   unsigned refcount_bits_ = 0;
   bool dirty_ = false;
+  bool lazy_ = false;
   bool extended_l2_ = false;
   bool data_file_ = false;  // guest data has no references
   uint64_t refcount_table_ = 0;

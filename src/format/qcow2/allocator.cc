@@ -11,6 +11,7 @@ namespace {
 // Past either, a request asks for a flush cycle: the list shall not grow without bound, nor the file.
 constexpr size_t kMaxQuarantine = 65536;  // runs
 constexpr uint64_t kMaxQuarantineBytes = uint64_t{256} << 20;
+constexpr uint64_t kAheadBytes = uint64_t{16} << 20;
 
 }  // namespace
 
@@ -20,6 +21,7 @@ Reservation& Reservation::operator=(Reservation&& other) noexcept {
   std::swap(host_, other.host_);
   std::swap(clusters_, other.clusters_);
   std::swap(fresh_, other.fresh_);
+  std::swap(blank_, other.blank_);
   return *this;
 }
 
@@ -39,7 +41,49 @@ Result<Reservation> Allocator::reserve(uint64_t wanted) {
     SharedLock lock(image_.mutex);
     from = lowest_free_;
   }
-  return search(from, wanted);
+  Result<Reservation> found = search(from, wanted);
+  if (found && ahead_) extend(image_.geometry.cluster_of(found->host()) + found->clusters());
+  return found;
+}
+
+void Allocator::stay_ahead() {
+  Lock searching(search_);
+  ahead_ = image_.storage.info().extensible;
+}
+
+void Allocator::durable_to(uint64_t file_size) {
+  ExclusiveLock lock(image_.mutex);
+  durable_end_ = std::max(durable_end_, image_.geometry.cluster_of(HostOffset(file_size)));
+}
+
+/// Nobody can have a cluster past the new end meanwhile, so no write is cut off. What fails here only costs flushes.
+void Allocator::extend(uint64_t end) {
+  const Geometry& g = image_.geometry;
+  const uint64_t ahead = g.clusters_for(kAheadBytes);
+  if (end + ahead / 2 < extended_to_) return;
+  const uint64_t limit = kMaxHostOffset >> g.cluster_bits;
+  const Result<uint64_t> size = image_.storage.size();
+  const uint64_t target = end + ahead;
+  ahead_ = size && target < limit;
+  if (!ahead_) return;
+  if (g.clusters_for(*size) < target) {
+    ahead_ = image_.storage.resize(g.host_of(target).bytes()).has_value();
+    if (!ahead_) return;
+  }
+  extended_to_ = target;
+}
+
+Result<> Allocator::cut_ahead() {
+  Lock searching(search_);
+  if (std::exchange(extended_to_, 0) == 0) return {};
+  ahead_ = false;
+  uint64_t end = 0;
+  {
+    SharedLock lock(image_.mutex);
+    end = image_.geometry.host_of(fresh_from_).bytes();
+  }
+  IMG_LET(const uint64_t size, image_.storage.size());
+  return end < size ? image_.storage.resize(end) : Result<>{};
 }
 
 /// Goes through the counts slice by slice, and makes the block for the first region that has none.
@@ -86,6 +130,7 @@ Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t
   found.host_ = image_.geometry.host_of(first);
   found.clusters_ = end - first;
   found.fresh_ = first >= fresh_from_;
+  found.blank_ = found.fresh_ && end <= durable_end_;
   fresh_from_ = std::max(fresh_from_, end);
   return found;
 }

@@ -25,6 +25,8 @@ class [[nodiscard]] Reservation {
   uint64_t clusters() const { return clusters_; }
   /// The clusters lie past everything that was ever written: they read as zeros on the host.
   bool fresh() const { return fresh_; }
+  /// Fresh, and within what is durable of the file: a crash leaves them as zeros until something is written there.
+  bool blank() const { return blank_; }
   /// Clusters that are not counted: in a data file each guest cluster has its place.
   static Reservation fixed(HostOffset host, uint64_t clusters) {
     Reservation reservation;
@@ -42,6 +44,7 @@ class [[nodiscard]] Reservation {
   HostOffset host_;
   uint64_t clusters_ = 0;
   bool fresh_ = false;
+  bool blank_ = false;
 };
 
 /// What becomes of the host space of freed clusters.
@@ -65,6 +68,13 @@ class Allocator {
 
   /// `file_size`: where the image file ends when it is opened; past it everything reads as zeros.
   void start(uint64_t file_size);
+  /// From here on the file is made longer ahead of what is reserved, with a hole, so that clusters can be blank. Only
+  /// where all clusters come from reserve() and reserve_contiguous().
+  void stay_ahead() EXCLUDES(search_);
+  /// A flush has covered the file's length, which was this before.
+  void durable_to(uint64_t file_size) EXCLUDES(image_.mutex);
+  /// Cuts off what stay_ahead() has added and nobody has used. No request may run. Blocks.
+  Result<> cut_ahead() EXCLUDES(search_);
 
   /// Up to `wanted` contiguous clusters, at least one. Blocks.
   Result<Reservation> reserve(uint64_t wanted) EXCLUDES(search_);
@@ -102,6 +112,7 @@ class Allocator {
   Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted, uint64_t limit)
       EXCLUDES(image_.mutex);
   Result<> make_block(uint64_t cluster) REQUIRES(search_);
+  void extend(uint64_t end) REQUIRES(search_);
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
   void lower(const Refcounts::Slice& slice, uint64_t cluster) REQUIRES(image_.mutex);
 
@@ -110,8 +121,11 @@ class Allocator {
   Latch& latch_;
 
   Mutex search_{LockRank::search};
+  bool ahead_ GUARDED_BY(search_) = false;
+  uint64_t extended_to_ GUARDED_BY(search_) = 0;       // cluster; 0: never
   uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
   uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
+  uint64_t durable_end_ GUARDED_BY(image_.mutex) = 0;  // a crash leaves the file with all clusters below
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
   uint64_t quarantined_ GUARDED_BY(image_.mutex) = 0;  // clusters in quarantine_
   bool releasing_ GUARDED_BY(image_.mutex) = false;    // a flush cycle has taken some out to free them

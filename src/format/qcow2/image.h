@@ -133,6 +133,8 @@ struct Image {
   KnownMetadata known GUARDED_BY(mutex);
   /// Where the next compressed stream may begin, in a host cluster that holds others already. 0: nowhere.
   HostOffset next_packed GUARDED_BY(mutex);
+  /// Since the last cut a table came to show bytes that have to be durable before it is written. See Shows.
+  bool shows_bytes GUARDED_BY(mutex) = false;
   /// Metadata was met that cannot be: see Qcow2Disk::note().
   std::atomic<bool> damaged = false;
 };

@@ -300,6 +300,7 @@ Result<> Map::make_table(uint64_t l1_index) {
   ExclusiveLock lock(image_.mutex);
   l1_[l1_index] = L1Entry::of(table.begin).raw;
   dirty_l1_.push_back(l1_index);
+  if (old.present() || !cluster.blank()) image_.shows_bytes = true;
   image_.known.add(g.cluster_of(table.begin));
   cluster.commit();
   if (old.present()) {
@@ -325,7 +326,7 @@ void Map::give_up(L2Entry entry, HostSpace space) {
 /// `entry_for(old, cluster, subclusters)` gives the new entry of the cluster at a guest offset, of which some
 /// subclusters are meant.
 template <class Change>
-void Map::change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Change&& entry_for) {
+void Map::change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Shows shows, Change&& entry_for) {
   const Geometry& g = image_.geometry;
   const GuestRange clusters = round_out(range, g.cluster_size);
   const uint64_t first = g.l2_index(clusters.begin) % g.slice_entries();
@@ -333,6 +334,7 @@ void Map::change(const TableCache::Pin& slice, GuestRange range, HostSpace space
   assert(first + count <= g.slice_entries());
 
   ExclusiveLock lock(image_.mutex);
+  if (shows == Shows::bytes) image_.shows_bytes = true;
   const uint64_t width = g.l2.entry_bytes();
   const Bytes entries = image_.tables.edit(slice, kMapStage, first * width, count * width);
   for (uint64_t i = 0; i < count; ++i) {
@@ -349,16 +351,16 @@ void Map::change(const TableCache::Pin& slice, GuestRange range, HostSpace space
 
 void Map::link_compressed(const TableCache::Pin& slice, GuestOffset guest, std::span<const CompressedRange> streams) {
   const Geometry& g = image_.geometry;
-  change(slice, {guest, streams.size() << g.cluster_bits}, HostSpace::keep,
+  change(slice, {guest, streams.size() << g.cluster_bits}, HostSpace::keep, Shows::bytes,
          [&](L2Entry, GuestOffset cluster, uint64_t) {
            return L2Entry::compressed(streams[(cluster - guest) >> g.cluster_bits], g.cluster_bits);
          });
 }
 
-void Map::link(const TableCache::Pin& slice, GuestRange range, HostOffset host) {
+void Map::link(const TableCache::Pin& slice, GuestRange range, HostOffset host, Shows shows) {
   const Geometry& g = image_.geometry;
   const uint64_t within = range.begin.bytes() % g.cluster_size;
-  change(slice, range, HostSpace::keep, [&](L2Entry old, GuestOffset cluster, uint64_t subclusters) {
+  change(slice, range, HostSpace::keep, shows, [&](L2Entry old, GuestOffset cluster, uint64_t subclusters) {
     L2Entry next = g.l2.normal(host - within + (cluster - (range.begin - within)));
     if (!g.l2.extended) return next;
     const uint64_t zero = g.l2.is_compressed(old) ? 0 : old.bitmap >> 32 & ~subclusters;
@@ -371,14 +373,15 @@ void Map::link(const TableCache::Pin& slice, GuestRange range, HostOffset host) 
 
 void Map::link_zero(const TableCache::Pin& slice, GuestRange range, HostOffset host) {
   const Geometry& g = image_.geometry;
-  change(slice, range, HostSpace::keep,
+  // No bytes, but the file has to reach that far.
+  change(slice, range, HostSpace::keep, Shows::bytes,
          [&](L2Entry, GuestOffset cluster, uint64_t) { return g.l2.zero_allocated(host + (cluster - range.begin)); });
 }
 
 void Map::zero(const TableCache::Pin& slice, GuestRange range, bool keep) {
   const Geometry& g = image_.geometry;
   const uint64_t whole = g.l2.extended ? L2Format::kAllSubclusters : 1;
-  change(slice, range, HostSpace::punch, [&](L2Entry old, GuestOffset, uint64_t subclusters) {
+  change(slice, range, HostSpace::punch, Shows::zeros, [&](L2Entry old, GuestOffset, uint64_t subclusters) {
     const bool keeps = keep && g.l2.has_host(old);
     if (subclusters == whole && !keeps) return g.l2.zero_plain();
     if (!g.l2.extended) return L2Entry{old.raw | kZeroFlag, 0};
@@ -388,7 +391,7 @@ void Map::zero(const TableCache::Pin& slice, GuestRange range, bool keep) {
 }
 
 void Map::unmap(const TableCache::Pin& slice, GuestRange range) {
-  change(slice, range, HostSpace::punch, [](L2Entry, GuestOffset, uint64_t) { return L2Entry{}; });
+  change(slice, range, HostSpace::punch, Shows::zeros, [](L2Entry, GuestOffset, uint64_t) { return L2Entry{}; });
 }
 
 Map::L1Changes Map::freeze_l1() NO_THREAD_SAFETY_ANALYSIS {

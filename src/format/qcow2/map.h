@@ -32,6 +32,12 @@ struct WriteRun {
   uint64_t head = 0, tail = 0;
 };
 
+/// What a new entry lets a reader find.
+enum class Shows {
+  bytes,  ///< written before it: they have to be durable first (I2)
+  zeros,  ///< until what was written there is durable, and that is what the guest read there before
+};
+
 /// Looks guest clusters up and changes what they map to. A mapping is valid under the guest-range lease under which it
 /// was looked up. Any thread; lookup() and writable_slice() may block to load a table.
 class Map {
@@ -54,7 +60,7 @@ class Map {
   /// writable_slice() gave for it. What an entry gives up goes to quarantine. `range` must not leave the slice.
   ///
   /// The range, whole subclusters, lies at `host`.
-  void link(const TableCache::Pin& slice, GuestRange range, HostOffset host);
+  void link(const TableCache::Pin& slice, GuestRange range, HostOffset host, Shows shows = Shows::bytes);
   /// As link(), but whole clusters that read as zeros and keep `host` for later.
   void link_zero(const TableCache::Pin& slice, GuestRange range, HostOffset host);
   /// Links one cluster to each compressed stream.
@@ -119,7 +125,7 @@ class Map {
   GuestRange around(GuestRange range, L2Entry first, L2Entry last) const;
   Result<> make_table(uint64_t l1_index) EXCLUDES(tables_);
   template <class Change>
-  void change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Change&& entry_for);
+  void change(const TableCache::Pin& slice, GuestRange range, HostSpace space, Shows shows, Change&& entry_for);
   void give_up(L2Entry entry, HostSpace space) REQUIRES(image_.mutex);
 
   Image& image_;

@@ -21,9 +21,11 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       header_(std::move(header)),
       read_only_(parameters.read_only),
       compress_(parameters.compress.has_value() && !read_only_),
+      lazy_(!read_only_ && header_.version >= 3 && (header_.compatible & kLazyRefcounts) != 0),
       size_(header_.size),
       hold_(std::move(parameters.hold)),
       image_(*storage_, header_, parameters.metadata_cache, std::move(parameters.compressed_cache)),
+      features_(*storage_, header_),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
       bitmaps_(image_, allocator_, ranges_, latch_, read_only_),
@@ -52,7 +54,8 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   if (read_only_) return {};
   IMG_LET(const uint64_t file_size, storage_->size());
   allocator_.start(file_size);
-  image_.tables.set_make_room([this] { (void)flusher_.flush(); });  // an error stays in the latch
+  if (lazy_ && !compress_ && !image_.geometry.l2.data_file) allocator_.stay_ahead();
+  image_.tables.set_make_room([this] { (void)flush_counts(); });  // an error stays in the latch
   IMG_TRY(clear_autoclear_bits());
   IMG_TRY(bitmaps_.mark_in_use());
   closed_ = false;
@@ -63,8 +66,7 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
 /// only read until it is repaired.
 Result<> Qcow2Disk::mark_corrupt() {
   if (image_.geometry.version < 3) return {};
-  const be<uint64_t> field(header_.incompatible | kCorrupt);
-  IMG_TRY(storage_->write(kIncompatibleField, std::as_bytes(std::span(&field, 1))));
+  IMG_TRY(features_.set(kCorrupt));
   return storage_->flush();
 }
 
@@ -73,7 +75,7 @@ Result<> Qcow2Disk::clear_autoclear_bits() {
   const uint64_t kept = header_.autoclear & (bitmaps_.stored() ? kBitmaps : 0);
   if (header_.autoclear == kept) return {};
   const be<uint64_t> field(kept);
-  IMG_TRY(storage_->write(kIncompatibleField + 16, std::as_bytes(std::span(&field, 1))));
+  IMG_TRY(storage_->write(kAutoclearField, std::as_bytes(std::span(&field, 1))));
   header_.autoclear = kept;
   return storage_->flush();
 }
@@ -229,26 +231,41 @@ Result<> Qcow2Disk::do_flush() {
 
 void Qcow2Disk::cut() {
   ExclusiveLock lock(image_.mutex);
-  cycle_.counts = image_.tables.freeze(kCountStage);
+  cycle_.lazy = lazy_ && strict_ == 0;
+  if (!cycle_.lazy || counts_wanted_) {
+    counts_wanted_ = false;
+    cycle_.counts = image_.tables.freeze(kCountStage);
+  }
   cycle_.slices = image_.tables.freeze(kMapStage);
   cycle_.l1 = map_.freeze_l1();
   cycle_.freed = allocator_.take_quarantine();
+  cycle_.shows_bytes = std::exchange(image_.shows_bytes, false);
+  const bool stale = !cycle_.counts.empty() || image_.tables.has_dirty(kCountStage);
+  const bool relies_on_counts = !cycle_.slices.empty() || !cycle_.l1.entries.empty();
+  cycle_.marks_dirty = cycle_.lazy && stale && relies_on_counts && !features_.has(kDirty);
 }
 
 Result<bool> Qcow2Disk::write_stage(unsigned stage) {
   if (stage == kCountStage) {
+    if (cycle_.lazy) {
+      IMG_LET(cycle_.file_size, storage_->size());
+    }
+    if (cycle_.marks_dirty) IMG_TRY(features_.set(kDirty));
     IMG_TRY(image_.tables.write(cycle_.counts));
-    return !cycle_.counts.empty();
+    return !cycle_.counts.empty() || cycle_.marks_dirty;
   }
   IMG_TRY(image_.tables.write(cycle_.slices));
   IMG_TRY(map_.write_l1(cycle_.l1));
   return !cycle_.slices.empty() || !cycle_.l1.entries.empty();
 }
 
+bool Qcow2Disk::needs_barrier(unsigned) const { return !cycle_.lazy || cycle_.marks_dirty || cycle_.shows_bytes; }
+
 void Qcow2Disk::end_cycle(bool durable) {
   image_.tables.thaw(cycle_.counts, durable);
   image_.tables.thaw(cycle_.slices, durable);
   if (durable) {
+    allocator_.durable_to(cycle_.file_size);
     if (Result<> released = allocator_.release(std::move(cycle_.freed)); !released) latch_.set(released.error());
   } else {
     map_.keep_l1(cycle_.l1);
@@ -257,20 +274,33 @@ void Qcow2Disk::end_cycle(bool durable) {
   cycle_ = {};
 }
 
-/// Nothing is dirty or in quarantine when it returns, if nobody makes requests meanwhile.
+/// A cycle that writes counts too, whatever else it does.
+Result<> Qcow2Disk::flush_counts() {
+  counts_wanted_ = true;
+  return flusher_.flush();
+}
+
+/// Nothing is dirty or in quarantine when it returns, and no dirty bit set, if nobody makes requests meanwhile. Needs a
+/// Strict.
 Result<> Qcow2Disk::write_out() {
   // The first cycle frees what was in quarantine, the second writes the lowered counts.
   do IMG_TRY(flusher_.flush());
   while (allocator_.has_quarantine() || image_.tables.statistics().dirty > 0);
-  return {};
+  if (!lazy_ || !features_.has(kDirty)) return {};
+  Result<> cleared = features_.clear(kDirty);
+  if (cleared) cleared = storage_->flush();
+  if (!cleared) latch_.set(cleared.error());
+  return cleared;
 }
 
 Result<> Qcow2Disk::do_close() {
   Result<> result;
   if (!closed_) {
+    const Strict strict(*this);
     result = write_out();
     if (result) result = bitmaps_.store(flusher_);
     if (result) result = write_out();
+    if (result) result = allocator_.cut_ahead();
   }
   closed_ = true;
   if (backing_)

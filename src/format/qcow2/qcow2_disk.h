@@ -10,6 +10,7 @@
 #include "format/qcow2/allocator.h"
 #include "format/qcow2/compressed.h"
 #include "format/qcow2/dirty_bitmaps.h"
+#include "format/qcow2/feature_bits.h"
 #include "format/qcow2/image.h"
 #include "format/qcow2/map.h"
 #include "format/qcow2/qcow2.h"
@@ -54,8 +55,10 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   void cut() override;
   Result<bool> write_stage(unsigned stage) override;
+  bool needs_barrier(unsigned stage) const override;
   void end_cycle(bool durable) override;
 
+  class Strict;
   struct EncodedCluster;
   class Encoder;
   Result<> write_plain(GuestOffset offset, ConstBytes data);
@@ -93,6 +96,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   template <class R>
   R note(R result);
   Result<> mark_corrupt();
+  Result<> flush_counts();
   Result<> write_out();
   Result<> clear_autoclear_bits();
   Result<> grow(uint64_t old_size, uint64_t size, Preallocation preallocation);
@@ -106,6 +110,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Header header_;                  // as opened; fields that change live elsewhere
   const bool read_only_;
   const bool compress_;  // whole clusters that the guest writes
+  const bool lazy_;      // counts may be postponed while the dirty bit is set
   std::atomic<uint64_t> size_;
   std::unique_ptr<Disk> backing_;
   std::shared_ptr<const void> hold_;  // see OpenParameters
@@ -114,9 +119,12 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   bool closed_ = true;  // nothing to write out: false from start() to close() of a writable image
   std::atomic<bool> counted_ = false;
 
+  std::atomic<unsigned> strict_ = 0;         // cycles write counts first as long as it is not 0: see Strict
+  std::atomic<bool> counts_wanted_ = false;  // by the next cycle
   Latch latch_;
   RangeLock ranges_;
   Image image_;
+  FeatureBits features_;
   Refcounts refcounts_;
   Allocator allocator_;
   DirtyBitmaps bitmaps_;
@@ -129,8 +137,24 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   struct Cycle {
     TableCache::Batch counts, slices;
     Map::L1Changes l1;
+    bool lazy = false;         // counts may be written behind what relies on them, once the dirty bit is durable
+    bool marks_dirty = false;  // that is not so yet
+    bool shows_bytes = false;  // data first
+    uint64_t file_size = 0;
     Allocator::Freed freed;
   } cycle_;
+};
+
+/// While it lives, flush cycles write counts before what relies on them. write_out() then takes the dirty bit off.
+class Qcow2Disk::Strict {
+ public:
+  explicit Strict(Qcow2Disk& disk) : disk_(disk) { ++disk_.strict_; }
+  ~Strict() { --disk_.strict_; }
+  Strict(const Strict&) = delete;
+  Strict& operator=(const Strict&) = delete;
+
+ private:
+  Qcow2Disk& disk_;
 };
 
 /// Ends a request: one that met damaged metadata ends all writing.

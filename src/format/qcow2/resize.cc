@@ -21,6 +21,8 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions options) {
   if (size == old_size) return {};
   if (header_.version < 3 && header_.snapshot_count > 0)
     return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
+  const Strict strict(*this);
+  IMG_TRY(write_out());
   return size < old_size ? shrink(size) : grow(old_size, size, options.preallocation);
 }
 

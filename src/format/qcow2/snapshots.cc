@@ -205,6 +205,7 @@ Result<> Qcow2Snapshots::perform(TreeChange::Plan plan, Outcome outcome) {
   if (table.size() > kMaxSnapshotTableBytes)
     return fail(ErrorCode::unsupported, "the snapshot table would grow past {} bytes", kMaxSnapshotTableBytes);
   plan.snapshot_table_bytes = table.size();
+  const Qcow2Disk::Strict strict(disk_);
   IMG_TRY(disk_.write_out());
   TreeChange change(disk_.image_, disk_.refcounts_, disk_.allocator_, std::move(plan));
   IMG_TRY(change.examine());

@@ -110,8 +110,13 @@ Result<size_t> Qcow2Disk::write_new_clusters(const TableCache::Pin& slice, const
   if (!fits) data = data.first(room);
   const GuestRange filled{offset - run.head, run.head + data.size() + (fits ? run.tail : 0)};
   const HostOffset host = reservation.host() + (filled.begin - clusters.begin);
+  Shows shows = Shows::bytes;
+  if (reservation.blank()) {
+    IMG_LET(const bool zero, reads_zero({clusters.begin, reservation.clusters() << g.cluster_bits}));
+    if (zero) shows = Shows::zeros;
+  }
   IMG_TRY(write_around(filled, host, offset, data, reservation.fresh()));
-  map_.link(slice, filled, host);
+  map_.link(slice, filled, host, shows);
   reservation.commit();
   return data.size();
 }
@@ -150,8 +155,8 @@ Result<bool> Qcow2Disk::reads_zero(GuestRange range) {
 
 /// Asks for a flush cycle when too much is dirty or waits to be freed. Called without a lease.
 Result<> Qcow2Disk::relieve() {
-  if (image_.tables.wants_flush() || allocator_.wants_flush()) return flusher_.flush();
-  return {};
+  if (image_.tables.wants_flush()) return flush_counts();
+  return allocator_.wants_flush() ? flusher_.flush() : Result<>{};
 }
 
 // ---- Zeroing
