@@ -92,7 +92,7 @@ Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
   for (uint64_t at = from; at < limit;) {
     IMG_LET(Refcounts::Slice slice, refcounts_.slice_of(at));
     if (!slice.pin) {
-      IMG_TRY(make_block(at));
+      IMG_TRY(make_blocks([&] { return refcounts_.create_block(at); }));
       continue;
     }
     IMG_LET(Reservation found, try_slice(slice, at, wanted, limit));
@@ -136,16 +136,18 @@ Result<Reservation> Allocator::try_slice(const Refcounts::Slice& slice, uint64_t
 }
 
 Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
-  if (count > refcounts_.longest_run())
-    return fail(ErrorCode::unsupported,
-                "a table of {} contiguous clusters is more than clusters of {} bytes allow; copy "
-                "the disk to an image with larger clusters",
-                count, image_.geometry.cluster_size);
   Lock searching(search_);
-  IMG_LET(const uint64_t file_size, image_.storage.size());
+  uint64_t at = 0;
+  {
+    SharedLock lock(image_.mutex);
+    at = image_.storage.info().extensible ? fresh_from_ : lowest_free_;
+  }
+  if (count > refcounts_.longest_run()) {
+    IMG_LET(const uint64_t limit, end_limit());
+    IMG_LET(at, make_blocks([&] { return refcounts_.make_room(at, count, limit); }));
+  }
   std::vector<Reservation> run;
-  uint64_t have = 0;
-  for (uint64_t at = std::max<uint64_t>(1, image_.geometry.clusters_for(file_size)); have < count;) {
+  for (uint64_t have = 0; have < count;) {
     IMG_LET(Reservation next, search(at, count - have));
     const uint64_t first = image_.geometry.cluster_of(next.host());
     if (have > 0 && first != at) {  // something lies in between: start behind it
@@ -156,20 +158,23 @@ Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
     at = first + next.clusters();
     run.push_back(std::move(next));
   }
+  if (ahead_) extend(at);
   return run;
 }
 
-Result<> Allocator::make_block(uint64_t cluster) {
-  Result<uint64_t> end = refcounts_.create_block(cluster);
+/// `make` writes refcount blocks and returns the end of what it wrote to.
+template <class Make>
+Result<uint64_t> Allocator::make_blocks(Make make) {
+  Result<uint64_t> end = make();
   if (!end) {
     if (end.error().code() == ErrorCode::io) latch_.set(end.error());
-    return fail(std::move(end).error());
+    return end;
   }
   std::vector<HostRange> replaced = refcounts_.take_replaced_tables();
   ExclusiveLock lock(image_.mutex);
   fresh_from_ = std::max(fresh_from_, *end);
   for (HostRange table : replaced) quarantine(table.begin, image_.geometry.clusters_for(table.length), HostSpace::keep);
-  return {};
+  return end;
 }
 
 bool Allocator::take(const Refcounts::Slice& slice, uint64_t cluster, uint64_t limit) NO_THREAD_SAFETY_ANALYSIS {

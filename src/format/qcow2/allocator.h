@@ -111,7 +111,8 @@ class Allocator {
   Result<Reservation> search(uint64_t from, uint64_t wanted) REQUIRES(search_);
   Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted, uint64_t limit)
       EXCLUDES(image_.mutex);
-  Result<> make_block(uint64_t cluster) REQUIRES(search_);
+  template <class Make>
+  Result<uint64_t> make_blocks(Make make) REQUIRES(search_);
   void extend(uint64_t end) REQUIRES(search_);
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
   void lower(const Refcounts::Slice& slice, uint64_t cluster) REQUIRES(image_.mutex);

@@ -158,7 +158,23 @@ Result<uint64_t> Refcounts::create_block(uint64_t cluster) {
     const uint64_t end = std::min<uint64_t>(table_.size(), round_down(index, kEntriesPerSector) + kEntriesPerSector);
     while (count < wanted && index + count < end && block_at(index + count).bytes() == 0) ++count;
   }
-  return count == 0 ? grow_table(index) : create_blocks_in_table(index, count);
+  return count == 0 ? grow_table(index, 0) : create_blocks_in_table(index, count);
+}
+
+Result<uint64_t> Refcounts::make_room(uint64_t cluster, uint64_t clusters, uint64_t limit) {
+  const uint64_t per_block = image_.geometry.refcounts_per_block;
+  const uint64_t blocks = divide_up(clusters, per_block - 1);  // each takes a cluster
+  uint64_t index = divide_up(cluster, per_block);
+  bool fits = false;
+  {
+    SharedLock lock(image_.mutex);
+    for (uint64_t i = index; i < table_.size(); ++i)
+      if (block_at(i).bytes() != 0) index = i + 1;
+    fits = index + blocks <= table_.size();
+  }
+  if (index * per_block + blocks + clusters > limit)
+    return fail(ErrorCode::no_space, "there is no room for a table of {} clusters behind the others", clusters);
+  return fits ? create_blocks_in_table(index, blocks) : grow_table(index, clusters);
 }
 
 /// Writes the blocks for the regions [index, index + count) into the first clusters of region `index`, where the first
@@ -190,8 +206,7 @@ Result<uint64_t> Refcounts::create_blocks_in_table(uint64_t index, uint64_t coun
 
   std::vector<be<uint64_t>> entries;
   for (uint64_t i = 0; i < count; ++i) entries.emplace_back(g.host_of(first + i).bytes());
-  // Durable with the barrier of stage 0, before any pointer that relies on these counts.
-  IMG_TRY(image_.storage.write(table_offset_ + index * 8, bytes_of(entries)));
+  IMG_TRY(write_entries(index, entries));
 
   ExclusiveLock lock(image_.mutex);
   for (uint64_t i = 0; i < count; ++i) table_[index + i] = entries[i];
@@ -199,16 +214,34 @@ Result<uint64_t> Refcounts::create_blocks_in_table(uint64_t index, uint64_t coun
   return first + count;
 }
 
-/// Lays out, from the first cluster of region `index` on: the blocks for the regions that this takes, then the longer
-/// table. The header switches to it when everything else is durable.
-Result<uint64_t> Refcounts::grow_table(uint64_t index) {
+/// The blocks lie one behind the other, so the first ones count them all: no entry may become durable before the one of
+/// the block that counts its block (I6). The last ones become durable with the barrier of stage 0, before any pointer
+/// that relies on these counts.
+Result<> Refcounts::write_entries(uint64_t index, std::span<const be<uint64_t>> entries) {
+  // The first block counts those of the first sector; from then on each round multiplies what is counted.
+  uint64_t round = kEntriesPerSector - index % kEntriesPerSector;
+  for (uint64_t done = 0; done < entries.size(); round = done * (image_.geometry.refcounts_per_block - 1)) {
+    const auto now = entries.subspan(done, std::min<uint64_t>(round, entries.size() - done));
+    Result<> written = done > 0 ? image_.storage.flush() : Result<>{};
+    if (written) written = image_.storage.write(table_offset_ + (index + done) * 8, std::as_bytes(now));
+    // Some entries are there, which nobody in memory knows of: that is no error to recover from, whatever its cause.
+    if (!written && done > 0) return fail(ErrorCode::io, "{}", written.error().text());
+    IMG_TRY(std::move(written));
+    done += now.size();
+  }
+  return {};
+}
+
+/// Lays out, from the first cluster of region `index` on: the blocks for the regions that this takes and for some free
+/// clusters behind it, then the longer table. The header switches to it when everything else is durable.
+Result<uint64_t> Refcounts::grow_table(uint64_t index, uint64_t free_clusters) {
   const Geometry& g = image_.geometry;
   const uint64_t first = index * g.refcounts_per_block;
   uint64_t blocks = 1;
   uint64_t clusters = 0;
   for (uint64_t needed = 1;; blocks = needed) {
     clusters = g.clusters_for((index + blocks) * 8 * 3 / 2);
-    needed = divide_up(blocks + clusters, g.refcounts_per_block);
+    needed = divide_up(blocks + clusters + free_clusters, g.refcounts_per_block);
     if (needed <= blocks) break;
   }
   if (clusters * g.cluster_size > kMaxTableBytes) clusters = kMaxTableBytes / g.cluster_size;

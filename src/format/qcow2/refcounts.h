@@ -1,8 +1,10 @@
 // Reference counts of host clusters: the refcount table and its blocks.
 #pragma once
 
+#include <span>
 #include <vector>
 
+#include "base/endian.h"
 #include "core/flusher.h"
 #include "format/qcow2/image.h"
 
@@ -41,6 +43,10 @@ class Refcounts {
 
   /// Most contiguous clusters that there can be between the blocks that create_block() makes.
   uint64_t longest_run() const;
+  /// Makes the blocks for `clusters` contiguous free clusters at the first region from `cluster` on behind which there
+  /// are no blocks. Returns the first of them. `no_space` if they do not end before `limit`. As create_block()
+  /// otherwise.
+  Result<uint64_t> make_room(uint64_t cluster, uint64_t clusters, uint64_t limit);
 
   /// The places of all blocks, as the table has them: 0 where there is none.
   std::vector<uint64_t> table() const;
@@ -55,7 +61,8 @@ class Refcounts {
  private:
   uint64_t blocks_at_once() const;
   Result<uint64_t> create_blocks_in_table(uint64_t index, uint64_t count);
-  Result<uint64_t> grow_table(uint64_t index);
+  Result<> write_entries(uint64_t index, std::span<const be<uint64_t>> entries);
+  Result<uint64_t> grow_table(uint64_t index, uint64_t free_clusters);
   Result<> write_blocks(uint64_t index, uint64_t count, uint64_t used_clusters);
   HostOffset block_at(uint64_t index) const REQUIRES_SHARED(image_.mutex);
 

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include "base/endian.h"
+#include "qemu.h"
 #include "support/builders.h"
 #include "support/crash_storage.h"
 #include "support/fault_storage.h"
@@ -123,6 +124,87 @@ TEST_CASE("qcow2: what is added to a disk can be preallocated") {
     must(disk->close());
     CHECK(check_image(disk.memory->image()).clean());
   }
+}
+
+TEST_CASE("qcow2: a disk with clusters of 512 bytes grows to the largest size of the format") {
+  for (const uint32_t bits : {1u, 16u, 64u}) {
+    CAPTURE(bits);
+    auto memory = std::make_shared<MemStorage>(make_qcow2({.size = 1_MiB, .cluster_size = 512, .refcount_bits = bits}));
+    auto disk = must(open_qcow2(memory));
+    must(disk->write(GuestOffset(0), pattern(1_MiB)));
+    must(disk->resize(128_GiB));  // 32 MiB of L1 table
+    CHECK(disk->resize(128_GiB + 512).error().code() == ErrorCode::invalid);
+    must(disk->write(GuestOffset(128_GiB - 5000), pattern(5000, 1)));
+    CHECK(read_all(*disk, GuestOffset(0), 1_MiB) == pattern(1_MiB));
+    CHECK(read_all(*disk, GuestOffset(128_GiB - 5000), 5000) == pattern(5000, 1));
+    must(disk->close());
+    CHECK(check_image(memory->image()).clean());
+    if (have_qemu()) CHECK(qemu_check(memory->image()).status == 0);
+  }
+}
+
+TEST_CASE("qcow2: a crash while a long L1 table is placed behind everything leaks at most") {
+  for (const bool lazy : {false, true}) {
+    CAPTURE(lazy);
+    const MemImage image =
+        make_qcow2({.size = 1_MiB, .cluster_size = 512, .refcount_bits = 64, .lazy_refcounts = lazy});
+    auto storage = std::make_shared<CrashStorage>(image);
+    auto disk = must(open_qcow2(std::make_shared<OrderStorage>(storage, image)));
+    must(disk->write(GuestOffset(0), pattern(64_KiB)));
+    must(disk->flush());
+    Rng rng(base_seed());
+    uint64_t states = 0;
+    uint64_t size = 1_MiB, next_size = size;
+    storage->set_observer([&] {
+      for (const CrashMode mode : {CrashMode::none, CrashMode::all, CrashMode::torn}) {
+        MemImage left = storage->crash(mode, rng);
+        ++states;
+        if (Qcow2View::parse(left)->is_lazy()) left = reopened(left);
+        const CheckReport report = check_image(left);
+        CHECK(report.corruptions == 0);
+        auto disk = must(open_qcow2(std::make_shared<MemStorage>(left), {.read_only = true}));
+        CHECK((disk->size() == size || disk->size() == next_size));
+        CHECK(read_all(*disk, GuestOffset(0), 64_KiB) == pattern(64_KiB));
+      }
+    });
+    // By turns the refcount table is long enough, or grows too.
+    for (next_size = 5_GiB; next_size <= 9_GiB; next_size += 1_GiB) {
+      must(disk->resize(next_size));
+      size = next_size;
+    }
+    CHECK(states > 100);
+    must(disk->close());
+    storage->set_observer({});
+    CHECK(check_image(storage->image()).clean());
+  }
+}
+
+TEST_CASE("qcow2: placing a long L1 table may fail at any call") {
+  const MemImage image = [] {
+    auto memory = std::make_shared<MemStorage>(make_qcow2({.size = 1_MiB, .cluster_size = 512, .refcount_bits = 64}));
+    auto disk = must(open_qcow2(memory));
+    for (const uint64_t size : {5_GiB, 6_GiB}) must(disk->resize(size));
+    must(disk->close());
+    return memory->image();
+  }();
+  for (const ErrorCode code : {ErrorCode::io, ErrorCode::no_space})
+    for (uint64_t n = 1;; ++n) {
+      CAPTURE(n);
+      auto memory = std::make_shared<MemStorage>(image);
+      auto faults = std::make_shared<FaultStorage>(memory);
+      auto disk = must(open_qcow2(std::make_shared<OrderStorage>(faults, image)));
+      faults->fail_call(n, code);
+      const bool done = disk->resize(7_GiB).has_value();
+      const bool fired = faults->fired();
+      faults->heal();
+      const bool again = disk->resize(8_GiB).has_value();
+      CHECK(disk->close().has_value() == again);
+      CHECK(check_image(memory->image()).corruptions == 0);
+      if (!fired) {
+        CHECK(done);
+        break;
+      }
+    }
 }
 
 TEST_CASE("qcow2: damage met by a request marks the image corrupt; reads go on, writes end") {
