@@ -65,6 +65,7 @@ class Qcow2View {
   bool is_lazy() const { return lazy_; }
   uint64_t refcount_table() const { return refcount_table_; }
   uint64_t refcount_table_bytes() const { return refcount_table_bytes_; }
+  uint64_t counts_per_block() const { return cluster_size() * 8 / refcount_bits_; }
   /// Sorted.
   const std::vector<Reference>& references() const { return references_; }
   uint64_t count(uint64_t cluster) const;

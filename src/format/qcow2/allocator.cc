@@ -86,6 +86,41 @@ Result<> Allocator::cut_ahead() {
   return end < size ? image_.storage.resize(end) : Result<>{};
 }
 
+Result<bool> Allocator::drop_empty_blocks() {
+  Lock searching(search_);
+  Result<std::vector<uint64_t>> blocks = refcounts_.drop_empty_end();
+  if (!blocks) {
+    latch_.set(blocks.error());  // either entry may be the durable one
+    return fail(std::move(blocks).error());
+  }
+  ExclusiveLock lock(image_.mutex);
+  for (const uint64_t block : *blocks) quarantine(image_.geometry.host_of(block), 1, HostSpace::punch);
+  return !blocks->empty();
+}
+
+Result<> Allocator::cut_end() {
+  if (!image_.storage.info().extensible) return {};
+  Lock searching(search_);
+  IMG_LET(const uint64_t end, refcounts_.end_of_counted());
+  IMG_LET(const uint64_t size, image_.storage.size());
+  if (image_.geometry.clusters_for(size) <= end) return {};
+  {
+    ExclusiveLock lock(image_.mutex);
+    if (image_.known.overlaps(end, image_.geometry.clusters_for(size) - end)) return {};  // metadata without a count
+    durable_end_ = std::min(durable_end_, end);
+  }
+  extended_to_ = std::min(extended_to_, end);
+  if (!image_.storage.resize(image_.geometry.host_of(end).bytes())) return {};  // it only takes space
+  Result<> durable = image_.storage.flush();  // what is written there later must not meet what was cut off
+  if (!durable) {
+    latch_.set(durable.error());
+    return durable;
+  }
+  ExclusiveLock lock(image_.mutex);
+  fresh_from_ = std::min(fresh_from_, end);
+  return {};
+}
+
 /// Goes through the counts slice by slice, and makes the block for the first region that has none.
 Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
   IMG_LET(const uint64_t limit, end_limit());
@@ -273,14 +308,16 @@ Result<> Allocator::release(Freed freed) {
       if (!slice.pin) return fail(ErrorCode::corrupt, "cluster {:#x} is in use but has no reference count", first);
 
       // Runs of clusters that lose their last reference. Only this thread lowers counts of reachable clusters, and only
-      // those of compressed streams, which are not punched, are raised: so a count of one stays one until it is
-      // lowered.
+      // that of the cluster where the next compressed stream goes may be raised, which is another one from here on: so
+      // a count of one stays one until it is lowered.
       uint64_t run_end = first;
       bool last_reference = false;
       {
-        SharedLock lock(image_.mutex);
+        ExclusiveLock lock(image_.mutex);
         last_reference = refcounts_.get(slice, first) == 1;
         while (run_end < slice_end && (refcounts_.get(slice, run_end) == 1) == last_reference) ++run_end;
+        const uint64_t packed = image_.geometry.cluster_of(image_.next_packed);
+        if (last_reference && first <= packed && packed < run_end) image_.next_packed = HostOffset(0);
       }
       if (last_reference && run.space == HostSpace::punch)
         (void)image_.storage.discard(

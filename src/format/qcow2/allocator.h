@@ -23,7 +23,7 @@ class [[nodiscard]] Reservation {
 
   HostOffset host() const { return host_; }
   uint64_t clusters() const { return clusters_; }
-  /// The clusters lie past everything that was ever written: they read as zeros on the host.
+  /// The clusters lie past everything that was written: they read as zeros on the host.
   bool fresh() const { return fresh_; }
   /// Fresh, and within what is durable of the file: a crash leaves them as zeros until something is written there.
   bool blank() const { return blank_; }
@@ -75,6 +75,11 @@ class Allocator {
   void durable_to(uint64_t file_size) EXCLUDES(image_.mutex);
   /// Cuts off what stay_ahead() has added and nobody has used. No request may run. Blocks.
   Result<> cut_ahead() EXCLUDES(search_);
+  /// Puts refcount blocks at the end that count nothing into quarantine; false if there are none. No request may run,
+  /// and nothing may be dirty or in quarantine. Blocks.
+  Result<bool> drop_empty_blocks() EXCLUDES(search_);
+  /// The file ends, durably, behind the last cluster that is counted. As drop_empty_blocks().
+  Result<> cut_end() EXCLUDES(search_);
 
   /// Up to `wanted` contiguous clusters, at least one. Blocks.
   Result<Reservation> reserve(uint64_t wanted) EXCLUDES(search_);
@@ -125,7 +130,7 @@ class Allocator {
   bool ahead_ GUARDED_BY(search_) = false;
   uint64_t extended_to_ GUARDED_BY(search_) = 0;       // cluster; 0: never
   uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
-  uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // no cluster from here on was ever written
+  uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // clusters from here on read as zeros on the host
   uint64_t durable_end_ GUARDED_BY(image_.mutex) = 0;  // a crash leaves the file with all clusters below
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
   uint64_t quarantined_ GUARDED_BY(image_.mutex) = 0;  // clusters in quarantine_

@@ -317,7 +317,7 @@ void Map::give_up(L2Entry entry, HostSpace space) {
     const CompressedRange range = entry.compressed_range(g.cluster_bits);
     const uint64_t first = g.cluster_of(range.offset);
     const uint64_t last = g.cluster_of(range.offset + (range.length - 1));
-    allocator_.quarantine(g.host_of(first), last - first + 1, HostSpace::keep);
+    allocator_.quarantine(g.host_of(first), last - first + 1, space);
   } else if (g.l2.has_host(entry) && !g.l2.data_file) {
     allocator_.quarantine(entry.host(), 1, space);
   }

@@ -337,9 +337,9 @@ Result<> check_compression(const Header& header, const std::optional<std::string
 
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters) {
   IMG_LET(Header header, read_header(*storage, Purpose::read));
-  if (!parameters.read_only && (header.incompatible & kCorrupt)) {
-    log_warning("{} is marked as corrupt and opened read-only; repair it with imgfuse check --repair all",
-                storage->info().name);
+  if (header.incompatible & kCorrupt) {
+    log_warning("{} is marked as corrupt{}; repair it with imgfuse check --repair all", storage->info().name,
+                parameters.read_only ? "" : " and opened read-only");
     parameters.read_only = true;
   }
   if (!parameters.read_only) {

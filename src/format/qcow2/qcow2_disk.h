@@ -107,7 +107,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   std::shared_ptr<Storage> storage_;
   std::shared_ptr<Storage> data_;  // where guest data lies: the image file or an external data file
-  Header header_;                  // as opened; fields that change live elsewhere
+  Header header_;                  // as opened, with the snapshots of today; other fields that change live elsewhere
   const bool read_only_;
   const bool compress_;  // whole clusters that the guest writes
   const bool lazy_;      // counts may be postponed while the dirty bit is set

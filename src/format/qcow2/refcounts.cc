@@ -280,6 +280,62 @@ Result<uint64_t> Refcounts::grow_table(uint64_t index, uint64_t free_clusters) {
   return first + blocks + clusters;
 }
 
+/// In the region of that index; its begin if nothing is counted there.
+Result<uint64_t> Refcounts::end_of_counted(uint64_t index) {
+  const uint64_t first = index * image_.geometry.refcounts_per_block;
+  for (uint64_t end = first + image_.geometry.refcounts_per_block; end > first;) {
+    IMG_LET(const Slice slice, slice_of(end - 1));
+    if (!slice.pin) return first;
+    SharedLock lock(image_.mutex);
+    for (; end > slice.first; --end)
+      if (get(slice, end - 1) != 0) return end;
+  }
+  return first;
+}
+
+Result<uint64_t> Refcounts::end_of_counted() {
+  for (uint64_t index = table().size(); index > 0; --index) {
+    IMG_LET(const uint64_t end, end_of_counted(index - 1));
+    if (end > (index - 1) * image_.geometry.refcounts_per_block) return end;
+  }
+  return uint64_t{1};
+}
+
+/// None of these entries needs the block of another, so it does not matter which of them a crash leaves.
+Result<std::vector<uint64_t>> Refcounts::drop_empty_end() {
+  const Geometry& g = image_.geometry;
+  const std::vector<uint64_t> table = this->table();
+  std::vector<uint64_t> dropped;  // indexes
+  uint64_t end = table.size();
+  while (end > 0 && (table[end - 1] & kRefcountTableMask) == 0) --end;
+  for (uint64_t index = end; index > 1; --index) {
+    const uint64_t first = (index - 1) * g.refcounts_per_block;
+    const uint64_t block = g.cluster_of(HostOffset(table[index - 1] & kRefcountTableMask));
+    if (block != 0) {
+      IMG_LET(const uint64_t counted, end_of_counted(index - 1));
+      const bool itself_only = block == first && counted == first + 1;
+      if (counted != first && !itself_only) break;
+      dropped.push_back(index - 1);
+    }
+  }
+  std::vector<uint64_t> counted_elsewhere;
+  if (dropped.empty()) return counted_elsewhere;
+  const uint64_t last = dropped.back();
+  const std::vector<be<uint64_t>> zeros(end - last);
+  IMG_TRY(image_.storage.write(table_offset_ + last * 8, bytes_of(zeros)));
+  IMG_TRY(image_.storage.flush());
+
+  ExclusiveLock lock(image_.mutex);
+  for (const uint64_t index : dropped) {
+    const uint64_t block = g.cluster_of(HostOffset(table[index] & kRefcountTableMask));
+    table_[index] = 0;
+    image_.known.remove(block);
+    image_.tables.drop({g.host_of(block), g.cluster_size});
+    if (block / g.refcounts_per_block != index) counted_elsewhere.push_back(block);
+  }
+  return counted_elsewhere;
+}
+
 std::vector<uint64_t> Refcounts::table() const {
   SharedLock lock(image_.mutex);
   return table_;

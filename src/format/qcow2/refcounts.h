@@ -48,6 +48,12 @@ class Refcounts {
   /// otherwise.
   Result<uint64_t> make_room(uint64_t cluster, uint64_t clusters, uint64_t limit);
 
+  /// Takes blocks that count nothing but themselves off the end of the table, durably. Returns those that other blocks
+  /// count, which are to be freed: then more may be empty. Nobody makes a block meanwhile. Blocks.
+  Result<std::vector<uint64_t>> drop_empty_end();
+  /// The end of the last cluster that is counted. Blocks.
+  Result<uint64_t> end_of_counted();
+
   /// The places of all blocks, as the table has them: 0 where there is none.
   std::vector<uint64_t> table() const;
   /// The table at `offset`, with these entries, is the image's from here on. Returns where the old one lies, which is
@@ -64,6 +70,7 @@ class Refcounts {
   Result<> write_entries(uint64_t index, std::span<const be<uint64_t>> entries);
   Result<uint64_t> grow_table(uint64_t index, uint64_t free_clusters);
   Result<> write_blocks(uint64_t index, uint64_t count, uint64_t used_clusters);
+  Result<uint64_t> end_of_counted(uint64_t index);
   HostOffset block_at(uint64_t index) const REQUIRES_SHARED(image_.mutex);
 
   Image& image_;

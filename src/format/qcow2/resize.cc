@@ -23,7 +23,7 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions options) {
     return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
   const Strict strict(*this);
   IMG_TRY(write_out());
-  return size < old_size ? shrink(size) : grow(old_size, size, options.preallocation);
+  return note(size < old_size ? shrink(size) : grow(old_size, size, options.preallocation));
 }
 
 Result<> Qcow2Disk::grow(uint64_t old_size, uint64_t size, Preallocation preallocation) {
@@ -62,7 +62,12 @@ Result<> Qcow2Disk::shrink(uint64_t size) {
   const GuestOffset tables_end = map_.tables_end();
   if (end < tables_end) IMG_TRY(forget_clusters({end, tables_end - end}));
   map_.drop_tables_from(divide_up(size, g.l2_coverage));
-  return flusher_.flush();
+  IMG_TRY(write_out());
+  for (bool dropped = true; dropped;) {
+    IMG_LET(dropped, allocator_.drop_empty_blocks());
+    IMG_TRY(write_out());
+  }
+  return allocator_.cut_end();
 }
 
 /// New table, counts and content durable, then the header switches, then the old one is freed (I7).

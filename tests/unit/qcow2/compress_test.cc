@@ -54,6 +54,34 @@ void put(std::vector<std::byte>& content, uint64_t offset, const std::vector<std
   std::copy(data.begin(), data.end(), content.begin() + static_cast<ptrdiff_t>(offset));
 }
 
+TEST_CASE("qcow2: a host cluster of compressed ones is punched when the last of them is discarded") {
+  const WatchedDisk disk = open_compressing(make_qcow2(spec()));
+  must(disk->write(GuestOffset(0), loose_pattern(64 * kCluster, 1)));
+  must(disk->flush());
+  const uint64_t full = disk.memory->image().allocated();
+  REQUIRE(full > 20 * kCluster);
+
+  must(disk->discard({GuestOffset(kCluster), 62 * kCluster}));  // the first and the last keep their host clusters
+  must(disk->flush());
+  CHECK(disk.memory->image().allocated() < full - 15 * kCluster);
+  std::vector<std::byte> content(kSize);
+  const auto data = loose_pattern(64 * kCluster, 1);
+  std::copy(data.begin(), data.begin() + kCluster, content.begin());
+  std::copy(data.end() - kCluster, data.end(), content.begin() + 63 * kCluster);
+  CHECK(read_all(*disk.disk, GuestOffset(0), kSize) == content);
+
+  const auto more = loose_pattern(8 * kCluster, 2);  // goes behind the last stream
+  must(disk->write(GuestOffset(10 * kCluster), more));
+  put(content, 10 * kCluster, more);
+  must(disk->flush());
+  must(disk->discard({GuestOffset(0), kSize}));
+  must(disk->flush());
+  must(disk->write(GuestOffset(10 * kCluster), more));
+  std::fill(content.begin(), content.end(), std::byte{0});
+  put(content, 10 * kCluster, more);
+  check_whole(disk, content);
+}
+
 TEST_CASE("qcow2: whole clusters that are written are stored compressed, several in a host cluster") {
   const WatchedDisk disk = open_compressing(make_qcow2(spec()));
   std::vector<std::byte> content(kSize);
