@@ -18,7 +18,10 @@ constexpr uint64_t kCopiedFlag = uint64_t{1} << 63;
 /// Writes qcow2 structures by hand, with 16 bit counts, into an image without data.
 class Hand {
  public:
-  Hand() : storage_(gates_, memory_->image(), [this](const std::string& text) { wrong.push_back(text); }) {
+  explicit Hand(bool lazy = false)
+      : memory_(std::make_shared<MemStorage>(
+            make_qcow2({.size = 16_MiB, .cluster_size = kCluster, .lazy_refcounts = lazy}))),
+        storage_(gates_, memory_->image(), [this](const std::string& text) { wrong.push_back(text); }) {
     const MemImage image = memory_->image();
     block_ = load(load(48));
     l1_ = load(40);
@@ -40,6 +43,8 @@ class Hand {
   }
   void discard(uint64_t cluster) { must(storage_.discard({HostOffset(cluster * kCluster), kCluster})); }
   void refcount_table(uint64_t index, uint64_t block) { put(load(48) + index * 8, be<uint64_t>(block * kCluster)); }
+  void dirty_bit(bool on) { put(72, be<uint64_t>(on ? 1 : 0)); }
+  void lengthen(uint64_t clusters) { must(storage_.resize(clusters * kCluster)); }
   void flush() { must(storage_.flush()); }
 
   /// A flush that is under way until the test opens its gate.
@@ -75,8 +80,7 @@ class Hand {
   }
   void write(uint64_t offset, const std::vector<std::byte>& bytes) { must(storage_.write(HostOffset(offset), bytes)); }
 
-  std::shared_ptr<MemStorage> memory_ =
-      std::make_shared<MemStorage>(make_qcow2({.size = 16_MiB, .cluster_size = kCluster}));
+  std::shared_ptr<MemStorage> memory_;
   std::shared_ptr<GateStorage> gates_ = std::make_shared<GateStorage>(memory_);
   OrderStorage storage_;
   uint64_t block_ = 0;
@@ -220,6 +224,38 @@ TEST_CASE("OrderStorage: a refcount block counts itself although a flush that be
   hand.count(hand.new_cluster(), 1);  // looks at all counts again
 
   CHECK(first_wrong(hand) == "");
+}
+
+TEST_CASE("OrderStorage: I1, a count may wait while the dirty bit is durable, and no longer") {
+  for (const bool durable : {false, true}) {
+    Hand hand(true);
+    hand.link_one();
+    if (durable) hand.dirty_bit(true);
+    const uint64_t data = hand.new_cluster();
+    hand.fill(data, 2);
+    hand.flush();
+    if (!durable) hand.dirty_bit(true);
+    hand.l2(hand.table, 1, data);
+    CHECK(first_wrong(hand) == (durable ? "" : "I1"));
+    if (!durable) continue;
+    hand.flush();
+    hand.dirty_bit(false);
+    CHECK(first_wrong(hand) == "I1");
+  }
+}
+
+TEST_CASE("OrderStorage: I2, an entry before its data, where a crash leaves zeros or may leave anything else") {
+  for (const bool lengthened : {false, true}) {
+    Hand hand(true);
+    hand.link_one();
+    const uint64_t data = hand.new_cluster();
+    hand.dirty_bit(true);
+    if (lengthened) hand.lengthen(data + 1);
+    hand.flush();
+    hand.fill(data, 2);
+    hand.l2(hand.table, 1, data);
+    CHECK(first_wrong(hand) == (lengthened ? "" : "I2"));
+  }
 }
 
 TEST_CASE("OrderStorage: clusters of a snapshot are not written in place") {
