@@ -190,7 +190,8 @@ TEST_CASE("lazy refcounts: damage that is met leaves both bits") {
   auto disk = must(open_qcow2(memory, {.metadata_cache = 1}));
   must(disk->write(GuestOffset(0), pattern(200_KiB)));
   must(disk->flush());
-  for (const Reference& reference : Qcow2View::parse(memory->image())->references())
+  const Qcow2View view = *Qcow2View::parse(memory->image());
+  for (const Reference& reference : view.references())
     if (reference.owner.kind == Owner::Kind::l2_table) {
       const be<uint64_t> entry(0x30200);  // inside a cluster, in a slice that nobody has looked at
       must(memory->write(HostOffset(reference.cluster * 65536 + 4096), std::as_bytes(std::span(&entry, 1))));
