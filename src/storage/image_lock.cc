@@ -26,6 +26,8 @@ namespace fs = std::filesystem;
 constexpr off_t kUsedBase = 100;
 constexpr off_t kUnsharedBase = 200;
 
+constexpr off_t kResize = 3;
+
 struct Permission {
   off_t index;
   const char* name;  // QEMU's
@@ -34,12 +36,17 @@ struct Permission {
 constexpr std::array kPermissions = {
     Permission{0, "consistent read", false},
     Permission{1, "write", true},
-    Permission{3, "resize", true},
+    Permission{kResize, "resize", true},
 };
 
-bool uses(LockRole role, const Permission& permission) { return role == LockRole::writer || !permission.writing; }
+bool uses(LockRole role, const Permission& permission) {
+  return role == LockRole::writer || role == LockRole::data_writer || !permission.writing;
+}
 /// Readers and writers alike want nobody to write; both let others read.
-bool refuses(const Permission& permission) { return permission.writing; }
+bool refuses(LockRole role, const Permission& permission) {
+  const bool data_file = role == LockRole::data_reader || role == LockRole::data_writer;
+  return data_file ? permission.index == kResize : permission.writing;
+}
 
 struct flock one_byte(short type, off_t byte) {
   struct flock lock {};
@@ -124,7 +131,7 @@ std::string find_holder(int own_fd, off_t byte) {
 }
 
 tl::unexpected<Error> conflict(int fd, const std::string& name, LockRole role, std::string_view what, off_t byte) {
-  const bool can_share = role == LockRole::reader;
+  const bool can_share = role == LockRole::reader || role == LockRole::data_reader;
   return fail(ErrorCode::busy, "Failed to get {} lock: {} is in use by {}{}", what, name, find_holder(fd, byte),
               can_share ? "; to read it while it may change, add --force-share" : "");
 }
@@ -136,7 +143,7 @@ Result<> lock_image(int fd, const std::string& name, LockRole role) {
 
   for (const Permission& permission : kPermissions) {
     for (const off_t base : {kUsedBase, kUnsharedBase}) {
-      if (base == kUsedBase ? !uses(role, permission) : !refuses(permission)) continue;
+      if (base == kUsedBase ? !uses(role, permission) : !refuses(role, permission)) continue;
       const off_t byte = base + permission.index;
       const int error = lock_byte(fd, byte);
       if (error == EACCES || error == EAGAIN)  // somebody holds a write lock, which QEMU never does
@@ -153,7 +160,7 @@ Result<> lock_image(int fd, const std::string& name, LockRole role) {
   for (const Permission& permission : kPermissions) {
     if (const off_t byte = kUnsharedBase + permission.index; uses(role, permission) && held_by_other(fd, byte))
       return conflict(fd, name, role, fmt::format("\"{}\"", permission.name), byte);
-    if (const off_t byte = kUsedBase + permission.index; refuses(permission) && held_by_other(fd, byte))
+    if (const off_t byte = kUsedBase + permission.index; refuses(role, permission) && held_by_other(fd, byte))
       return conflict(fd, name, role, fmt::format("shared \"{}\"", permission.name), byte);
   }
   return {};

@@ -11,6 +11,10 @@ enum class LockRole {
   none,    ///< takes no lock and minds none (--force-share)
   reader,  ///< reads; suffers other readers, no writer
   writer,  ///< reads, writes and resizes; suffers nobody who writes or who reads as an image format does
+  /// The same for the external data file of an image. As in QEMU, who resizes it is kept away from, and with them every
+  /// other image that it might be the data file of; not who writes to it as to a raw disk of fixed size.
+  data_reader,
+  data_writer,
 };
 
 /// Takes the lock or fails with `busy`, naming the process that is in the way where it can be seen.

@@ -11,7 +11,7 @@ namespace imgfuse::test {
 namespace {
 
 Result<std::shared_ptr<FileStorage>> open_as(LockRole role, const std::string& path) {
-  return FileStorage::open(path, {.writable = role == LockRole::writer, .lock = role});
+  return FileStorage::open(path, {.writable = role == LockRole::writer || role == LockRole::data_writer, .lock = role});
 }
 
 bool refused(LockRole role, const std::string& path) {
@@ -49,6 +49,52 @@ TEST_CASE("image lock: readers suffer each other, a writer is alone") {
     CHECK(!refused(LockRole::none, path));
   }
   CHECK(!refused(LockRole::writer, path));
+}
+
+TEST_CASE("image lock: a data file is read by many images and written by one") {
+  const TempDir dir;
+  const std::string path = dir / "data";
+  make_file(path, 4096);
+
+  {
+    auto reader = must(open_as(LockRole::data_reader, path));
+    CHECK(!refused(LockRole::data_reader, path));
+    CHECK(!refused(LockRole::reader, path));
+    CHECK(refused(LockRole::data_writer, path));
+    CHECK(refused(LockRole::writer, path));
+  }
+  auto writer = must(open_as(LockRole::data_writer, path));
+  CHECK(refused(LockRole::data_reader, path));
+  CHECK(refused(LockRole::data_writer, path));
+  CHECK(refused(LockRole::reader, path));
+  CHECK(refused(LockRole::writer, path));
+}
+
+TEST_CASE("image lock: QEMU and imgfuse keep each other from a data file") {
+  if (!have_qemu()) return;
+  const TempDir dir;
+  const std::string image = dir / "image.qcow2";
+  const std::string data = dir / "data";
+  REQUIRE(run({"qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=" + data, image, "1M"}).status == 0);
+  const auto opens = [&](const std::vector<std::string>& options) {
+    std::vector<std::string> command = {"qemu-io", "-c", "read 0 512"};
+    command.insert(command.end(), options.begin(), options.end());
+    command.push_back(image);
+    return run(command).status == 0;
+  };
+  {
+    auto reader = must(open_as(LockRole::data_reader, data));
+    CHECK(opens({"-r"}));
+    CHECK_FALSE(opens({}));
+  }
+  {
+    auto writer = must(open_as(LockRole::data_writer, data));
+    CHECK_FALSE(opens({"-r"}));
+    CHECK_FALSE(opens({}));
+  }
+  const QemuIo qemu({"-f", "qcow2"}, image);
+  CHECK(refused(LockRole::data_reader, data));
+  CHECK(refused(LockRole::data_writer, data));
 }
 
 TEST_CASE("image lock: a refusal uses QEMU's words and names this process") {
