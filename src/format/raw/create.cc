@@ -1,21 +1,10 @@
-#include <algorithm>
 #include <cassert>
-#include <limits>
 
-#include "base/buffer.h"
+#include "core/host_space.h"
 #include "format/raw/raw.h"
 
 namespace imgfuse::raw {
 namespace {
-
-Result<> write_every_byte(Storage& storage, HostRange range) {
-  for (uint64_t done = 0; done < range.length;) {
-    const ConstBytes piece = zeroes(std::min<uint64_t>(range.length - done, kZeroesSize));
-    IMG_TRY(storage.write(range.begin + done, piece));
-    done += piece.size();
-  }
-  return {};
-}
 
 Result<> check_preallocation(Preallocation preallocation) {
   if (preallocation == Preallocation::metadata)
@@ -28,6 +17,8 @@ Result<> check_preallocation(Preallocation preallocation) {
 Result<> check_create_options(const CreateOptions& options) {
   if (options.backing_file || options.backing_format)
     return fail(ErrorCode::invalid, "a raw image has no backing file; qcow2 can have one");
+  if (options.data_file || options.data_file_raw)
+    return fail(ErrorCode::invalid, "a raw image has no data file beside it; qcow2 can have one");
   IMG_TRY(check_preallocation(options.preallocation));
   if (!options.size) return fail(ErrorCode::invalid, "a raw image needs a size");
   return {};
@@ -42,10 +33,7 @@ Result<> resize(Storage& storage, uint64_t old_size, uint64_t size, Preallocatio
   IMG_TRY(check_preallocation(preallocation));
   IMG_TRY(storage.resize(size));
   if (size <= old_size) return {};
-  const HostRange added{HostOffset(old_size), size - old_size};
-  if (preallocation == Preallocation::falloc) return storage.allocate(added);
-  if (preallocation == Preallocation::full) return write_every_byte(storage, added);
-  return {};
+  return preallocate(storage, {HostOffset(old_size), size - old_size}, preallocation);
 }
 
 Result<ImageInfo> info(Storage& storage) {

@@ -6,6 +6,7 @@
 #include "base/buffer.h"
 #include "base/latch.h"
 #include "base/mutex.h"
+#include "core/host_space.h"
 #include "core/range_lock.h"
 #include "format/magic.h"
 #include "format/raw/raw.h"
@@ -51,7 +52,6 @@ class RawDisk final : public Disk {
   bool guards(GuestOffset offset) const { return probed_ && offset.bytes() < kMagicBytes; }
   Result<> check_first_sector(GuestOffset offset, ConstBytes data) REQUIRES(first_sector_);
   Result<> write_guarded(GuestOffset offset, ConstBytes data);
-  Result<> free(GuestRange range);
 
   const std::string name_;
   const bool read_only_;
@@ -93,17 +93,6 @@ Result<> RawDisk::do_write(GuestOffset offset, ConstBytes data) {
   return guards(offset) ? write_guarded(offset, data) : storage_->write(host(offset), data);
 }
 
-/// Punches a hole and writes zeros where the host still has data: where it could not punch, and on block devices.
-Result<> RawDisk::free(GuestRange range) {
-  IMG_TRY(storage_->discard(host(range)));
-  while (!range.empty()) {
-    IMG_LET(const StorageExtent piece, storage_->extent(host(range)));
-    if (piece.data) IMG_TRY(storage_->write_zeroes({host(range.begin), piece.length}));
-    range = {range.begin + piece.length, range.length - piece.length};
-  }
-  return {};
-}
-
 Result<> RawDisk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
   // The first sector's zeros are written like data: a zero is the last byte of some magic numbers.
   if (guards(range.begin)) {
@@ -114,7 +103,7 @@ Result<> RawDisk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
     IMG_TRY(latch_.check());
     const GuestRange step{range.begin, std::min(range.length, kLongestStep)};
     const auto lease = ranges_.exclusive(step);
-    IMG_TRY(zeroing == Zeroing::may_free ? free(step) : storage_->write_zeroes(host(step)));
+    IMG_TRY(zeroing == Zeroing::may_free ? zero_and_free(*storage_, host(step)) : storage_->write_zeroes(host(step)));
     range = {step.end(), range.length - step.length};
   }
   return {};
