@@ -68,7 +68,10 @@ struct Qcow2Info {
   bool lazy_refcounts = false;
   bool corrupt = false;
   bool extended_l2 = false;
-  std::vector<BitmapInfo> bitmaps;  ///< none where the image does not say that they are valid
+  std::vector<BitmapInfo> bitmaps;       ///< none where the image does not say that they are valid
+  bool has_data_file = false;            ///< guest data lies in another file
+  std::optional<std::string> data_file;  ///< its name as stored; an image may leave that to the user
+  bool data_file_raw = false;
 };
 
 struct ImageInfo {
@@ -84,6 +87,7 @@ struct ImageInfo {
   std::optional<std::string> backing_format;
   std::vector<SnapshotInfo> snapshots;
   std::optional<Qcow2Info> qcow2;
+  std::optional<std::string> full_data_file;  ///< resolved against the image's directory
 };
 
 /// Reads the image's own header; never opens what the image names.

@@ -38,6 +38,8 @@ struct OpenOptions {
   /// The chain ends above this file, which is not opened: what only it or a file below it holds is not seen. Opening
   /// fails if the chain does not lead there.
   std::optional<std::string> chain_end;
+  /// The external data file of the image opened here, whatever the image says and wherever it lies.
+  std::optional<std::string> data_file;
 };
 
 /// Longest backing chain that is opened.

@@ -24,7 +24,8 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, Forma
                                           .compressed_cache = std::move(parameters.compressed_cache),
                                           .snapshot = std::move(parameters.snapshot),
                                           .compress = std::move(parameters.compress),
-                                          .open_backing = std::move(parameters.open_backing)});
+                                          .open_backing = std::move(parameters.open_backing),
+                                          .open_data_file = std::move(parameters.open_data_file)});
 }
 
 Result<CheckReport> check_raw(Storage&, Repair, const CheckSink&) {

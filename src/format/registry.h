@@ -22,6 +22,10 @@ class ClusterCache;
 using BackingOpener =
     std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
 
+/// Opens the external data file of an image, for writing if the image is. Called during open only, before
+/// BackingOpener.
+using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std::optional<std::string>& name)>;
+
 struct FormatOpenParameters {
   bool read_only = false;
   bool probed = false;                             ///< the format was guessed
@@ -30,6 +34,7 @@ struct FormatOpenParameters {
   std::optional<std::string> snapshot;             ///< open this internal snapshot; read-only
   std::optional<std::string> compress;             ///< OpenOptions::compress, for the top image
   BackingOpener open_backing;
+  DataFileOpener open_data_file;
 };
 
 /// A driver's doors.

@@ -19,6 +19,14 @@ LockRole lock_role(const OpenOptions& options, bool writable) {
   return options.force_share ? LockRole::none : LockRole::reader;
 }
 
+/// A file that the user named.
+Result<UniqueFd> open_given(const std::string& path, PathPolicy::Access access) {
+  const int mode = access == PathPolicy::Access::write ? O_RDWR : O_RDONLY;
+  UniqueFd fd(::open(path.c_str(), mode | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
+  if (!fd) return fail(host_error(errno));
+  return fd;
+}
+
 Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOptions& options) {
   IMG_LET(const Layer top, open_top(path, options, !options.read_only));
   IMG_LET(Chain chain, Chain::below(path, options));
@@ -57,7 +65,12 @@ Result<Chain> Chain::below(const std::string& path, const OpenOptions& options) 
   return Chain(std::move(policy), options);
 }
 
-bool Chain::contains(FileId file) const { return std::find(files_.begin(), files_.end(), file) != files_.end(); }
+bool Chain::contains(FileId file) const {
+  const auto has = [file](const std::vector<FileId>& files) {
+    return std::find(files.begin(), files.end(), file) != files.end();
+  };
+  return has(files_) || has(data_files_);
+}
 
 Result<> Chain::find_end() {
   if (!options_.chain_end) return {};
@@ -117,15 +130,42 @@ Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_onl
   parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
     return open_backing(layer.path, name, format);
   };
+  parameters.open_data_file = [this, &layer, read_only](const std::optional<std::string>& name) {
+    return open_data_file(layer, name, read_only);
+  };
   parameters.compressed_cache = compressed_cache_;
   if (!read_only) parameters.compress = options_.compress;
   return layer.format->open(layer.storage, std::move(parameters));
 }
 
 /// Only the file that is at fault is named, not the two hundred above it.
-Error Chain::locate(Error error, const std::string& path) {
+Error Chain::locate(Error error, const char* what, const std::string& path) {
   if (std::exchange(located_, true)) return error;
-  return error.during("backing file {}", printable(path));
+  return error.during("{} file {}", what, printable(path));
+}
+
+/// Under the same policy as a backing file, and for better reason, since it may be written to.
+Result<std::shared_ptr<Storage>> Chain::open_data_file(const Layer& layer, const std::optional<std::string>& name,
+                                                       bool read_only) {
+  const bool given = options_.data_file && files_.size() <= 1;
+  if (!given && !name)
+    return fail(ErrorCode::invalid, "the image does not name its data file; mount it with --data-file");
+  const std::string path = given ? *options_.data_file : resolve_name(layer.path, *name);
+  const auto open = [&]() -> Result<std::shared_ptr<FileStorage>> {
+    const auto access = read_only ? PathPolicy::Access::read : PathPolicy::Access::write;
+    IMG_LET(UniqueFd fd, given ? open_given(path, access) : policy_.open(*name, layer.path, access));
+    IMG_LET(const FileId file, file_id(fd.get()));
+    if (contains(file))
+      return fail(ErrorCode::corrupt, "it is the image itself, or another image of its chain, or the data file of one");
+    data_files_.push_back(file);
+    const LockRole role = read_only ? LockRole::data_reader : LockRole::data_writer;
+    return FileStorage::adopt(
+        std::move(fd), path,
+        {.writable = !read_only, .cache = options_.cache, .lock = options_.force_share ? LockRole::none : role});
+  };
+  auto storage = open();
+  if (!storage) return fail(locate(storage.error(), "data", path));
+  return *storage;
 }
 
 Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path, const std::string& name,
@@ -136,9 +176,9 @@ Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path
     if (reached) return nullptr;
   }
   auto layer = open_named(naming_path, name, format);
-  if (!layer) return fail(locate(layer.error(), path));
+  if (!layer) return fail(locate(layer.error(), "backing", path));
   auto disk = open_disk(*layer, true);
-  if (!disk) return fail(locate(disk.error(), path));
+  if (!disk) return fail(locate(disk.error(), "backing", path));
   return disk;
 }
 

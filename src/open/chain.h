@@ -35,6 +35,7 @@ class Chain {
   static Result<Chain> below(const std::string& path, const OpenOptions& options);
 
   void add_top(const Layer& layer) { files_.push_back(layer.storage->id()); }
+  /// Whether one of the chain's images, or the data file of one, is that file.
   bool contains(FileId file) const;
   /// As OpenOptions::chain_end asks; before and after the disks are opened.
   Result<> find_end();
@@ -54,16 +55,19 @@ class Chain {
     if (options.compressed_cache > 0) compressed_cache_ = std::make_shared<ClusterCache>(options.compressed_cache);
   }
 
+  Result<std::shared_ptr<Storage>> open_data_file(const Layer& layer, const std::optional<std::string>& name,
+                                                  bool read_only);
   Result<const Format*> recorded_format(const std::optional<std::string>& format) const;
   Result<bool> is_end(const std::string& naming_path, const std::string& name);
   uint64_t metadata_cache() const;
-  Error locate(Error error, const std::string& path);
+  Error locate(Error error, const char* what, const std::string& path);
 
   PathPolicy policy_;
   OpenOptions options_;
   std::shared_ptr<ClusterCache> compressed_cache_;  // the disks share it
-  std::vector<FileId> files_;                       // top first
-  std::optional<FileId> end_;                       // where the chain stops
+  std::vector<FileId> files_;                       // images, top first
+  std::vector<FileId> data_files_;
+  std::optional<FileId> end_;  // where the chain stops
   bool end_reached_ = false;
   bool located_ = false;  // an error has been told apart by its file
 };

@@ -22,6 +22,7 @@ Result<ImageInfo> layer_info(const Layer& layer) {
   info.filename = layer.path;
   IMG_LET(info.actual_size, layer.storage->allocated());
   if (info.backing_filename) info.full_backing_filename = resolve_name(layer.path, *info.backing_filename);
+  if (info.qcow2 && info.qcow2->data_file) info.full_data_file = resolve_name(layer.path, *info.qcow2->data_file);
   return info;
 }
 
@@ -46,6 +47,8 @@ class NewFile {
  public:
   enum class Existing { replaced, refused };
   static Result<NewFile> open(const std::string& path, Existing existing, bool durable);
+  /// A file that is open already, for writing.
+  static Result<NewFile> adopt(UniqueFd fd, const std::string& path, bool created, bool durable);
   NewFile(NewFile&&) = default;
   NewFile& operator=(NewFile&&) = delete;
   ~NewFile() {
@@ -74,6 +77,10 @@ Result<NewFile> NewFile::open(const std::string& path, Existing existing, bool d
   const bool created = bool(fd);
   if (!created && errno == EEXIST && existing == Existing::replaced) fd = UniqueFd(::open(path.c_str(), flags));
   if (!fd) return fail(host_error(errno));
+  return adopt(std::move(fd), path, created, durable);
+}
+
+Result<NewFile> NewFile::adopt(UniqueFd fd, const std::string& path, bool created, bool durable) {
   auto storage = FileStorage::adopt(
       std::move(fd), path,
       {.writable = true, .cache = durable ? CacheMode::writeback : CacheMode::unsafe, .lock = LockRole::writer});
@@ -157,6 +164,35 @@ Result<> check_target(const std::string& path, const Chain& chain) {
   return {};
 }
 
+/// The file that a new image's data is to lie in.
+Result<NewFile> open_new_data_file(const std::string& image_path, const Chain& chain, FileId image,
+                                   const CreateOptions& options) {
+  IMG_LET(const PathPolicy policy, PathPolicy::create(image_path, options.allowed_directories));
+  const std::string path = resolve_name(image_path, *options.data_file);
+  IMG_LET(std::optional<UniqueFd> made, policy.make(*options.data_file, image_path));
+  if (made) return NewFile::adopt(std::move(*made), path, true, options.durable);
+  IMG_LET(UniqueFd fd, policy.open(*options.data_file, image_path, PathPolicy::Access::write));
+  struct stat status {};
+  if (fstat(fd.get(), &status) != 0) return fail(host_error(errno));
+  if (!S_ISREG(status.st_mode)) return fail(ErrorCode::invalid, "it exists and is not a regular file");
+  const FileId file{status.st_dev, status.st_ino};
+  if (file == image) return fail(ErrorCode::invalid, "it is the image itself");
+  if (chain.contains(file)) return fail(ErrorCode::invalid, "it is the image's backing file, or one below that");
+  return NewFile::adopt(std::move(fd), path, false, options.durable);
+}
+
+/// The data file of a new image is what a new raw image is.
+Result<NewFile> create_data_file(const std::string& image_path, const Chain& chain, FileId image,
+                                 const CreateOptions& options) {
+  IMG_LET(NewFile file, open_new_data_file(image_path, chain, image, options));
+  CreateOptions raw{.format = "raw", .size = options.size, .preallocation = options.preallocation};
+  if (raw.preallocation == Preallocation::metadata) raw.preallocation = Preallocation::off;
+  IMG_LET(const Format* format, format_by_name(raw.format));
+  IMG_TRY(file.storage().resize(0));
+  IMG_TRY(format->create(file.storage(), raw));
+  return file;
+}
+
 Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_LET(const Format* format, format_by_name(options.format));
   if (options.backing_file && !options.backing_format)
@@ -178,8 +214,15 @@ Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_TRY(check_target(path, chain));
 
   IMG_LET(NewFile file, NewFile::open(path, NewFile::Existing::replaced, options.durable));
+  std::optional<NewFile> data_file;
+  if (options.data_file) {
+    auto made = create_data_file(path, chain, file.storage().id(), options);
+    if (!made) return fail(made.error().during("data file {}", printable(resolve_name(path, *options.data_file))));
+    data_file.emplace(std::move(*made));
+  }
   IMG_TRY(file.storage().resize(0));
   IMG_TRY(format->create(file.storage(), options));
+  if (data_file) IMG_TRY(data_file->keep());
   IMG_TRY(file.keep());
   return backing ? backing->close() : Result<>{};
 }

@@ -84,7 +84,29 @@ bool PathPolicy::allows(const std::string& canonical_path) const {
   });
 }
 
-Result<UniqueFd> PathPolicy::open(const std::string& name, const std::string& naming_path) const {
+Result<> PathPolicy::check_place(const std::string& canonical_path, const std::string& directory) const {
+  if (allows(canonical_path)) return {};
+  return fail(ErrorCode::denied, "{} is outside the image's directory; to allow it, add --allow-path {}",
+              printable(canonical_path), printable(directory));
+}
+
+Result<std::optional<UniqueFd>> PathPolicy::make(const std::string& name, const std::string& naming_path) const {
+  IMG_TRY(check_name(name));
+  const fs::path path = resolve_name(naming_path, name);
+  const std::string directory = path.parent_path().empty() ? "." : path.parent_path();
+  const UniqueFd held(::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+  struct stat status {};
+  if (!held || fstat(held.get(), &status) != 0) return fail(host_error(errno));
+  IMG_LET(const std::string canonical, path_of(held.get(), status));
+  if (!path.has_filename()) return fail(ErrorCode::invalid, "is a directory, not an image");
+  IMG_TRY(check_place(fs::path(canonical) / path.filename(), canonical));
+  UniqueFd fd(openat(held.get(), path.filename().c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
+  if (!fd && errno == EEXIST) return std::nullopt;
+  if (!fd) return fail(host_error(errno));
+  return fd;
+}
+
+Result<UniqueFd> PathPolicy::open(const std::string& name, const std::string& naming_path, Access access) const {
   IMG_TRY(check_name(name));
   const std::string path = resolve_name(naming_path, name);
   const UniqueFd held(::open(path.c_str(), O_PATH | O_CLOEXEC));
@@ -93,17 +115,13 @@ Result<UniqueFd> PathPolicy::open(const std::string& name, const std::string& na
   if (fstat(held.get(), &status) != 0) return fail(host_error(errno));
 
   IMG_LET(const std::string canonical, path_of(held.get(), status));
-  if (!allows(canonical)) {
-    const std::string parent = fs::path(canonical).parent_path();
-    return fail(ErrorCode::denied, "{} is outside the image's directory; to allow it, add --allow-path {}",
-                printable(canonical), printable(parent));
-  }
+  IMG_TRY(check_place(canonical, fs::path(canonical).parent_path()));
   if (S_ISDIR(status.st_mode)) return fail(ErrorCode::invalid, "is a directory, not an image");
   if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode))
     return fail(ErrorCode::invalid, "is neither a regular file nor a block device");
 
-  UniqueFd fd(
-      ::open(fmt::format("/proc/self/fd/{}", held.get()).c_str(), O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
+  const int mode = access == Access::write ? O_RDWR : O_RDONLY;
+  UniqueFd fd(::open(fmt::format("/proc/self/fd/{}", held.get()).c_str(), mode | O_NONBLOCK | O_NOCTTY | O_CLOEXEC));
   if (!fd) return fail(host_error(errno));
   return fd;
 }

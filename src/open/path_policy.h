@@ -1,6 +1,7 @@
 // Which files an image may name, and what their names mean.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,13 +30,17 @@ class PathPolicy {
  public:
   static Result<PathPolicy> create(const std::string& image_path, const std::vector<std::string>& allowed_directories);
 
-  /// Opens for reading the file that the image at `naming_path` names. Errors do not name the file.
-  Result<UniqueFd> open(const std::string& name, const std::string& naming_path) const;
+  enum class Access { read, write };
+  /// Opens the file that the image at `naming_path` names. Errors do not name the file.
+  Result<UniqueFd> open(const std::string& name, const std::string& naming_path, Access access = Access::read) const;
+  /// Makes it, empty, in a directory where it may be, and opens it for writing. Null if something has that name.
+  Result<std::optional<UniqueFd>> make(const std::string& name, const std::string& naming_path) const;
 
  private:
   explicit PathPolicy(std::vector<std::string> directories) : directories_(std::move(directories)) {}
 
   bool allows(const std::string& canonical_path) const;
+  Result<> check_place(const std::string& canonical_path, const std::string& directory) const;
 
   std::vector<std::string> directories_;  // canonical
 };

@@ -151,11 +151,6 @@ class Header(BadInputCase):
     def test_compression_type(self):
         self.bad_field('compression_type', 2, 255, says=['ompression'])
 
-    def test_data_files_are_refused_by_name(self):
-        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', 'data_file=data.raw', self.path('external.qcow2'), '1M',
-            cwd=self.folder)
-        self.refuse_mount(self.path('external.qcow2'), says=['data file'])
-
     def test_unknown_incompatible_bits_are_refused_by_their_name_or_number(self):
         image = self.qcow2()
         put_field(image, 'incompatible', 1 << 33)

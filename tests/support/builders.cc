@@ -20,6 +20,8 @@ MemImage make_qcow2(const Qcow2Spec& spec) {
   options.lazy_refcounts = spec.lazy_refcounts;
   options.backing_file = spec.backing;
   options.compression_type = spec.compression;
+  if (spec.data_file) options.data_file = "data.raw";
+  options.data_file_raw = spec.data_file_raw;
   if (spec.backing) options.backing_format = "raw";
   MemStorage storage;
   must(qcow2::create(storage, options));
@@ -38,6 +40,11 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
   if (spec.compressed_cache > 0) parameters.compressed_cache = std::make_shared<ClusterCache>(spec.compressed_cache);
   parameters.open_backing = [backing = spec.backing](const std::string&, const std::optional<std::string>&) {
     return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
+  };
+  parameters.open_data_file = [data =
+                                   spec.data](const std::optional<std::string>&) -> Result<std::shared_ptr<Storage>> {
+    if (!data) return fail(ErrorCode::not_found, "no data file is given");
+    return data;
   };
   return qcow2::open(std::move(storage), std::move(parameters));
 }

@@ -22,6 +22,8 @@ struct Qcow2Spec {
   std::string compression = "zlib";
   bool extended_l2 = false;
   bool lazy_refcounts = false;
+  bool data_file = false;  ///< guest data lies in another storage: OpenSpec::data
+  bool data_file_raw = false;
 };
 
 /// A fresh qcow2 image.
@@ -36,6 +38,7 @@ struct OpenSpec {
   MemImage backing;  ///< what every backing file reads as
   std::optional<std::string> compress;
   uint64_t compressed_cache = 256_KiB;  ///< small, so that clusters leave it
+  std::shared_ptr<Storage> data;        ///< the external data file
 };
 
 /// qcow2::open with a raw backing disk.

@@ -138,7 +138,12 @@ Result<> CrashStorage::write_zeroes(HostRange range) {
 Result<> CrashStorage::discard(HostRange range) {
   {
     Lock lock(mutex_);
-    IMG_TRY(add({Change::Kind::zero, range.begin.bytes(), range.length, 0, {}}));
+    range.length = std::min(range.end().bytes(), current_.size()) - std::min(range.begin.bytes(), current_.size());
+    if (range.begin.bytes() % kSector == 0 && range.length % kSector == 0) {
+      IMG_TRY(add({Change::Kind::zero, range.begin.bytes(), range.length, 0, {}}));
+    } else {  // the host zeroes parts of its blocks as it writes them
+      IMG_TRY(add(whole_sectors(range.begin.bytes(), std::vector<std::byte>(range.length))));
+    }
   }
   observe();
   return {};

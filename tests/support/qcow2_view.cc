@@ -139,8 +139,9 @@ void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_inde
       return;
     }
     const uint64_t host = entry & kAddress;
+    const bool present = host != 0 || (data_file_ && (entry & kCopiedFlag) != 0);
     const uint64_t filled = bitmap & 0xffffffff;
-    if ((filled & bitmap >> 32) != 0 || (host == 0 && filled != 0))
+    if ((filled & bitmap >> 32) != 0 || (!present && filled != 0))
       problems_.push_back(fmt::format("{}: subcluster bitmap {:#x}", owner.text(), bitmap));
     const bool zero = extended_l2_ ? filled == 0 : (entry & 1) != 0;
     if (host % cluster_size() != 0 || (entry & ~(kAddress | kCopiedFlag | (extended_l2_ ? 0 : 1))) != 0 ||
@@ -148,6 +149,8 @@ void Qcow2View::read_l2(const MemImage& image, uint64_t offset, uint64_t l1_inde
       problems_.push_back(fmt::format("{}: L2 entry {:#x}", owner.text(), entry));
       return;
     }
+    if (data_file_ && present && (host != owner.index << cluster_bits_ || (entry & kCopiedFlag) == 0))
+      problems_.push_back(fmt::format("{}: L2 entry {:#x} in an image with a data file", owner.text(), entry));
     if (host == 0 || data_file_) return;
     references_.push_back({host >> cluster_bits_, owner, extended_l2_ ? filled : !zero});
     if (snapshot == 0) copied_.emplace_back(host >> cluster_bits_, (entry & kCopiedFlag) != 0);

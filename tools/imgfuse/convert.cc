@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <thread>
 
 #include "command.h"
@@ -52,11 +53,20 @@ class NewTarget {
   bool made_ = false;
 };
 
+/// Where the target's data file will lie.
+std::string data_file_of(const Request& request) {
+  return std::filesystem::path(directory_of(request.target)) / *request.create.data_file;
+}
+
 /// Locks would tell, were they not switched off with --force-share.
 Result<> check_not_a_source(const Request& request) {
   for (const std::string& source : request.sources) {
     IMG_LET(const bool found, chain_contains(source, request.source_options, request.target));
     if (found) return fail(ErrorCode::invalid, "{} is read from: it cannot be the target too", request.target);
+    if (!request.create.data_file) continue;
+    const std::string data_file = data_file_of(request);
+    IMG_LET(const bool data_found, chain_contains(source, request.source_options, data_file));
+    if (data_found) return fail(ErrorCode::invalid, "{} is read from: it cannot be the data file too", data_file);
   }
   return {};
 }
@@ -100,12 +110,14 @@ Result<> check(const Request& request) {
     return fail(ErrorCode::invalid,
                 "compressed data takes the space it needs; -c and preallocation exclude each other");
   if (request.compress) IMG_TRY(compression_of(request));
+  if (request.compress && request.create.data_file)
+    return fail(ErrorCode::invalid, "a data file holds no compressed clusters; -c and data_file exclude each other");
   return check_not_a_source(request);
 }
 
 Result<> copy(const Request& request, std::vector<OpenDisk>& sources, OpenDisk& target, Io& io) {
   ConvertOptions options = request.convert;
-  const bool fresh = !request.use_existing && !request.create.backing_file && !request.create.data_file;
+  const bool fresh = !request.use_existing && !request.create.backing_file;
   options.target_is_zero = fresh || request.target_is_zero;
   options.same_backing = request.create.backing_file.has_value();
   const uint64_t total = total_size(sources);
@@ -121,11 +133,14 @@ Result<> convert_images(Request request, Io& io) {
   IMG_LET(std::vector<OpenDisk> sources, open_sources(request));
   IMG_TRY(check(request));
   NewTarget created(request.target);
+  NewTarget data_file(request.create.data_file ? data_file_of(request) : "");
   if (!request.use_existing) {
     request.create.size = total_size(sources);
     request.create.durable = request.target_options.cache != CacheMode::unsafe;
+    const bool new_data_file = request.create.data_file && !std::filesystem::exists(data_file_of(request));
     IMG_TRY(create_image(request.target, request.create));
     created.made();
+    if (new_data_file) data_file.made();
   }
   IMG_LET(OpenDisk target, open_target(request));
   auto copied = copy(request, sources, target, io);
@@ -133,6 +148,7 @@ Result<> convert_images(Request request, Io& io) {
   if (!copied) return fail(copied.error().during("convert to {}", request.target));
   if (!closed) return fail(closed.error().during("close {}", request.target));
   created.keep();
+  data_file.keep();
   return {};
 }
 

@@ -37,12 +37,13 @@ int run_create(Io& io, Arguments args) {
   add_key(app, keys, "--compat", "compat", "0.10 (version 2) or 1.1 (version 3)");
   add_key(app, keys, "--refcount-bits", "refcount_bits", "1, 2, 4, 8, 16, 32 or 64 (16)");
   add_key(app, keys, "--compression-type", "compression_type", "zlib or zstd (zlib)");
-  add_key(app, keys, "--data-file", "data_file", "File that the disk's data lies in");
+  add_key(app, keys, "--data-file", "data_file", "File that the disk's data lies in; made, or emptied");
   add_key(app, keys, "--preallocation", "preallocation", "off, metadata, falloc or full (off)");
   app.add_flag("--lazy-refcounts", options.lazy_refcounts, "Allow reference counts to be postponed");
   app.add_flag("--extended-l2", options.extended_l2, "32 subclusters per cluster, of 16k or more");
   app.add_flag("--data-file-raw", options.data_file_raw, "The data file alone equals the disk");
-  app.add_option("--allow-path", options.allowed_directories, "Directory in which the backing file may lie")
+  app.add_option("--allow-path", options.allowed_directories,
+                 "Directory in which the backing file and the data file may lie")
       ->allow_extra_args(false);
   if (const auto status = parse(app, io, args)) return *status;
 

@@ -26,6 +26,8 @@ Json to_json(const Qcow2Info& qcow2) {
     data["lazy-refcounts"] = qcow2.lazy_refcounts;
     data["corrupt"] = qcow2.corrupt;
     data["extended-l2"] = qcow2.extended_l2;
+    if (qcow2.data_file) data["data-file"] = *qcow2.data_file;
+    if (qcow2.has_data_file) data["data-file-raw"] = qcow2.data_file_raw;
   }
   for (const BitmapInfo& bitmap : qcow2.bitmaps) data["bitmaps"].push_back(to_json(bitmap));
   return {{"type", "qcow2"}, {"data", data}};
@@ -53,6 +55,8 @@ void print_qcow2(std::ostream& out, const Qcow2Info& qcow2) {
   if (qcow2.compat == "0.10") return;
   out << fmt::format("    lazy refcounts: {}\n    corrupt: {}\n    extended l2: {}\n", qcow2.lazy_refcounts,
                      qcow2.corrupt, qcow2.extended_l2);
+  if (qcow2.data_file) out << fmt::format("    data file: {}\n", printable(*qcow2.data_file));
+  if (qcow2.has_data_file) out << fmt::format("    data file raw: {}\n", qcow2.data_file_raw);
   if (!qcow2.bitmaps.empty()) out << "    bitmaps:\n";
   for (const BitmapInfo& bitmap : qcow2.bitmaps)
     out << fmt::format("        {} (granularity {}{}{})\n", bitmap.name, human_size(bitmap.granularity),

@@ -56,12 +56,15 @@ Result<> print_json(Io& io, Disk& disk) {
   return {};
 }
 
+/// Where a layer's data lies.
+std::string file_of(const ImageInfo& layer) { return printable(layer.full_data_file.value_or(layer.filename)); }
+
 /// Data only; `files` names the chain's layers.
 Result<> print_table(Io& io, Disk& disk, const std::vector<ImageInfo>& files) {
   io.out << fmt::format("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
   return for_each_extent(disk, [&](const Extent& extent) {
     if (extent.kind != ExtentKind::data) return;
-    const std::string file = extent.depth < files.size() ? files[extent.depth].filename : "?";
+    const std::string file = extent.depth < files.size() ? file_of(files[extent.depth]) : "?";
     const std::string host = extent.has_host_offset ? fmt::format("{:#x}", extent.host.bytes()) : "compressed";
     io.out << fmt::format("{:<#16x}{:<#16x}{:<16}{}\n", extent.range.begin.bytes(), extent.range.length, host, file);
   });

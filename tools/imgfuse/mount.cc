@@ -61,13 +61,15 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     open.force_share = true;
     return true;
   }
-  static constexpr std::array<std::string_view, 8> kWithValue = {
-      "format", "backing_format", "allow_path", "cache", "metadata_cache", "compress", "compressed_cache", "snapshot"};
+  static constexpr std::array<std::string_view, 9> kWithValue = {
+      "format",   "backing_format",   "allow_path", "cache",    "metadata_cache",
+      "compress", "compressed_cache", "snapshot",   "data_file"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
   if (key == "backing_format") open.backing_format = value;
   if (key == "snapshot") open.snapshot = value;
+  if (key == "data_file") open.data_file = value;
   if (key == "allow_path") open.allowed_directories.push_back(value);
   if (key == "compress") open.compress = value;
   if (key == "cache") {
@@ -191,6 +193,10 @@ void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::st
   app.add_flag("-d,--debug", request.mount.debug, "Show every request; implies -f");
   add_open_options(app, request.open, FormatFlag::long_only);
   app.add_option_function<std::string>(
+         "--data-file", [&](const std::string& name) { request.open.data_file = name; },
+         "The image's external data file, whatever the image calls it")
+      ->type_name("FILE");
+  app.add_option_function<std::string>(
          "--cache",
          [&](const std::string& name) {
            const auto mode = parse_cache_mode(name);
@@ -223,7 +229,7 @@ constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
     "  format= backing_format= cache= metadata_cache= allow_path= force_share\n"
-    "  compress= compressed_cache= snapshot=.\n"
+    "  compress= compressed_cache= snapshot= data_file=.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 

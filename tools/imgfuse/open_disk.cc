@@ -24,8 +24,9 @@ Result<> OpenDisk::close() {
 
 Result<bool> chain_contains(const std::string& path, const OpenOptions& options, const std::string& file) {
   IMG_LET(const std::vector<ImageInfo> chain, chain_info(path, options));
-  return std::any_of(chain.begin(), chain.end(),
-                     [&](const ImageInfo& image) { return same_file(image.filename, file); });
+  return std::any_of(chain.begin(), chain.end(), [&](const ImageInfo& image) {
+    return same_file(image.filename, file) || (image.full_data_file && same_file(*image.full_data_file, file));
+  });
 }
 
 bool same_file(const std::string& a, const std::string& b) {

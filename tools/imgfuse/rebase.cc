@@ -62,6 +62,11 @@ Result<> rebase(const Request& request, Io& io) {
   IMG_LET(const ImageInfo info, image_info(request.image, look));
   if (info.format != "qcow2")
     return fail(ErrorCode::unsupported, "{} is {}, which has no backing file", request.image, info.format);
+  if (info.qcow2->data_file_raw && !request.backing.empty())
+    return fail(ErrorCode::unsupported,
+                "the data file of {} alone equals the disk, so there can be no backing file; \"imgfuse amend "
+                "-o data_file_raw=off\" ends that",
+                request.image);
   if (!request.unsafe) IMG_TRY(keep_content(request, io));
   return change_backing(request.image, request.backing, request.backing_format);
 }

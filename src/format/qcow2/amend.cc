@@ -52,12 +52,6 @@ Result<> change_fields(Header& header, const AmendOptions& options) {
   return {};
 }
 
-/// A dirty image is repaired when it is opened for writing.
-Result<> clean(const std::shared_ptr<Storage>& storage, const BackingOpener& open_backing) {
-  IMG_LET(auto disk, open(storage, {.open_backing = open_backing}));
-  return disk->close();
-}
-
 /// Version 3 wants more of each snapshot; the repair of its table adds it.
 Result<> complete_snapshots(Storage& storage) {
   IMG_LET(const Header header, read_header(storage, Purpose::write));
@@ -105,7 +99,7 @@ Result<> amend(std::shared_ptr<Storage> storage, const AmendOptions& options, Ba
     IMG_TRY(check_downgrade(*storage, header));
   }
   if (downgrade || (options.lazy_refcounts && !*options.lazy_refcounts && (header.incompatible & kDirty))) {
-    IMG_TRY(downgrade ? remove_zero_clusters(storage, open_backing) : clean(storage, open_backing));
+    IMG_TRY(downgrade ? remove_zero_clusters(storage, open_backing) : recount(*storage));
     IMG_LET(header, header_to_change(*storage));  // its tables may have moved
     if (!downgrade) IMG_TRY(change_fields(header, options));
   }

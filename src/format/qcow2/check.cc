@@ -165,6 +165,13 @@ Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) 
   return check_and_repair(storage, mode, TableEntries::mended, sink);
 }
 
-Result<CheckReport> recount(Storage& storage) { return check_and_repair(storage, Repair::all, TableEntries::kept, {}); }
+Result<> recount(Storage& storage) {
+  IMG_LET(const CheckReport report, check_and_repair(storage, Repair::all, TableEntries::kept, {}));
+  if (report.corruptions == 0 && report.check_errors == 0) return {};
+  return fail(ErrorCode::corrupt,
+              "the image was not closed cleanly and {} damaged entries could not be repaired; it can be opened "
+              "read-only",
+              report.corruptions + report.check_errors);
+}
 
 }  // namespace imgfuse::qcow2

@@ -6,6 +6,7 @@
 
 #include "base/buffer.h"
 #include "base/math.h"
+#include "core/host_space.h"
 #include "format/qcow2/header.h"
 #include "format/qcow2/l2_entry.h"
 #include "format/qcow2/layout.h"
@@ -25,7 +26,8 @@ struct Run {
   uint64_t end() const { return first + count; }
 };
 
-/// Where everything lies, in host clusters: header, refcount table, refcount blocks, L1, L2 tables, data.
+/// Where everything lies, in host clusters: header, refcount table, refcount blocks, L1, L2 tables, data. What lies in
+/// a data file has no part in it.
 struct Layout {
   uint64_t cluster_size = 0;
   Run refcount_table;
@@ -76,6 +78,9 @@ Header header_without_tables(const CreateOptions& options, uint64_t size) {
   if (options.extended_l2) header.incompatible |= kExtendedL2;
   header.backing_name = options.backing_file;
   header.backing_format = options.backing_format;
+  header.data_file = options.data_file;
+  if (options.data_file) header.incompatible |= kDataFile;
+  if (options.data_file_raw) header.autoclear |= kRawDataFile;
   // Smaller clusters have better uses for 384 bytes (section 3).
   if (options.version >= 3 && options.cluster_size > 4096) header.extensions.push_back(feature_names());
   header.l1_entries = static_cast<uint32_t>(divide_up(size, header.l2_coverage()));
@@ -95,9 +100,9 @@ Result<Layout> plan(const Header& header, Preallocation preallocation) {
   const uint64_t cluster_size = header.cluster_size();
   Layout layout{cluster_size, {}, {}, {}, {}, {}};
   layout.l1.count = divide_up(uint64_t{header.l1_entries} * 8, cluster_size);
-  if (preallocation != Preallocation::off) {
+  if (preallocation != Preallocation::off || header.has_raw_data_file()) {
     layout.l2.count = header.l1_entries;
-    layout.data.count = divide_up(header.size, cluster_size);
+    if (!header.has_data_file()) layout.data.count = divide_up(header.size, cluster_size);
   }
   const uint64_t counted = layout.l1.count + layout.l2.count + layout.data.count;
   if (counted > kMaxHostOffset / cluster_size / 2)
@@ -146,28 +151,21 @@ Result<> write_refcounts(Storage& storage, const Header& header, const Layout& l
   return {};
 }
 
-/// The L2 tables, linked to the data clusters, and the L1 table that points at them.
+/// The L2 tables, linked to the data clusters, and the L1 table that points at them; nothing without preallocation.
 Result<> write_mapping(Storage& storage, const Header& header, const Layout& layout) {
+  if (layout.l2.count == 0) return {};
   TableWriter l1(storage, layout.offset(layout.l1));
   for (uint64_t i = 0; i < layout.l2.count; ++i)
     IMG_TRY(l1.entry(L1Entry::of(layout.offset(layout.l2) + i * layout.cluster_size).raw));
   IMG_TRY(l1.finish());
   TableWriter l2(storage, layout.offset(layout.l2));
-  for (uint64_t i = 0; i < layout.data.count; ++i) {
-    IMG_TRY(l2.entry((layout.offset(layout.data) + i * layout.cluster_size).bytes() | kCopied));
-    // No subcluster is filled: a backing file, or zeros, still shows.
-    if (header.l2_format().extended) IMG_TRY(l2.entry(0));
+  const HostOffset data = header.has_data_file() ? HostOffset(0) : layout.offset(layout.data);
+  for (uint64_t i = 0; i < divide_up(header.size, layout.cluster_size); ++i) {
+    IMG_TRY(l2.entry((data + i * layout.cluster_size).bytes() | kCopied));
+    // No subcluster is filled: a backing file, or zeros, still shows. A raw data file is the disk from the beginning.
+    if (header.l2_format().extended) IMG_TRY(l2.entry(header.has_raw_data_file() ? L2Format::kAllSubclusters : 0));
   }
   return l2.finish();
-}
-
-Result<> write_zero_data(Storage& storage, HostRange range) {
-  while (!range.empty()) {
-    const uint64_t n = std::min<uint64_t>(range.length, kZeroesSize);
-    IMG_TRY(storage.write(range.begin, zeroes(n)));
-    range = {range.begin + n, range.length - n};
-  }
-  return {};
 }
 
 /// Zeros everywhere, and nothing that opens until the new header is written. A file gets its size, and reads as zeros;
@@ -187,13 +185,6 @@ Result<> clear(Storage& storage, const Layout& layout) {
   return storage.resize(size);
 }
 
-Result<> preallocate_data(Storage& storage, HostRange data, Preallocation preallocation) {
-  if (data.empty()) return {};
-  if (preallocation == Preallocation::full) return write_zero_data(storage, data);
-  if (preallocation == Preallocation::falloc) return storage.allocate(data);
-  return {};
-}
-
 Result<> check_version_2(const CreateOptions& options) {
   if (options.version != 2) return {};
   if (options.refcount_bits != 16)
@@ -201,6 +192,7 @@ Result<> check_version_2(const CreateOptions& options) {
                 options.refcount_bits);
   if (options.lazy_refcounts) return fail(ErrorCode::invalid, "lazy refcounts need version 3 (compat 1.1)");
   if (options.extended_l2) return fail(ErrorCode::invalid, "extended L2 entries need version 3 (compat 1.1)");
+  if (options.data_file) return fail(ErrorCode::invalid, "a data file needs version 3 (compat 1.1)");
   if (options.compression_type != "zlib")
     return fail(ErrorCode::invalid, "compression type {} needs version 3 (compat 1.1)", options.compression_type);
   return {};
@@ -226,6 +218,15 @@ Result<> check_backing(const CreateOptions& options) {
   return {};
 }
 
+Result<> check_data_file(const CreateOptions& options) {
+  if (options.data_file && options.data_file->empty()) return fail(ErrorCode::invalid, "the data file name is empty");
+  if (!options.data_file_raw) return {};
+  if (!options.data_file) return fail(ErrorCode::invalid, "data_file_raw needs a data_file");
+  if (options.backing_file)
+    return fail(ErrorCode::invalid, "a raw data file alone equals the disk, so there can be no backing file");
+  return {};
+}
+
 }  // namespace
 
 Result<> check_create_options(const CreateOptions& options) {
@@ -243,9 +244,12 @@ Result<> check_create_options(const CreateOptions& options) {
                 options.cluster_size);
   IMG_TRY(check_version_2(options));
   IMG_TRY(check_backing(options));
+  IMG_TRY(check_data_file(options));
   const uint64_t size = options.size.value_or(0);
   IMG_TRY(check_size(size, options.cluster_size, options.extended_l2));
   const Header header = header_without_tables(options, round_up(size, 512));
+  if (options.data_file && header.size > kMaxHostOffset)
+    return fail(ErrorCode::invalid, "a disk of {} bytes is too large: offsets in a data file end at 2^56", header.size);
   IMG_TRY(encode_header(header));
   IMG_TRY(plan(header, options.preallocation));
   return {};
@@ -265,7 +269,7 @@ Result<> create(Storage& storage, const CreateOptions& options) {
   IMG_TRY(clear(storage, layout));
   IMG_TRY(write_refcounts(storage, header, layout));
   IMG_TRY(write_mapping(storage, header, layout));
-  IMG_TRY(preallocate_data(storage, layout.range(layout.data), options.preallocation));
+  IMG_TRY(preallocate(storage, layout.range(layout.data), options.preallocation));
   IMG_TRY(storage.flush());
   IMG_TRY(storage.write(HostOffset(0), first_cluster));
   return storage.flush();

@@ -95,7 +95,7 @@ Result<> check_downgrade(Storage& storage, const Header& header) {
   };
   if (header.refcount_order != 4) return refuse("the image has reference counts of a width other than 16 bits");
   if (header.incompatible & kExtendedL2) return refuse("the image has extended L2 entries");
-  if (header.incompatible & kDataFile) return refuse("the image has an external data file");
+  if (header.has_data_file()) return refuse("the image has an external data file");
   if (header.autoclear & kBitmaps) return refuse("the image has dirty bitmaps (remove them first)");
   if (!header.unknown_tail.empty()) return refuse("the header has fields that imgfuse does not know");
   IMG_LET(const SnapshotTable snapshots, read_snapshot_table(storage, header));

@@ -10,14 +10,7 @@ constexpr uint64_t kZero = L2Format::kAllSubclusters << 32;
 
 }  // namespace
 
-bool EntryRules::names_host(L2Entry entry) const {
-  const L2Format format = header_.l2_format();
-  if (entry.raw & kCompressed) return false;
-  if (entry.raw & kOffsetMask) return true;
-  // The first cluster of a data file; a zero flag there keeps nothing.
-  const bool zero = !format.extended && (entry.raw & kZeroFlag);
-  return format.data_file && (entry.raw & kCopied) && !zero;
-}
+bool EntryRules::names_host(L2Entry entry) const { return header_.l2_format().has_host(entry); }
 
 bool EntryRules::in_file(HostRange range) const {
   const auto end = checked_add(range.begin.bytes(), range.length);

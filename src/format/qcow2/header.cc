@@ -201,7 +201,8 @@ Result<> check_backing_name_place(const Header& header, const wire::Header& raw)
   return {};
 }
 
-/// Moves the backing format out of the extensions; checks the extensions whose size the format fixes.
+/// Moves the backing format and the data file's name out of the extensions; checks the extensions whose size the format
+/// fixes.
 Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
   bool encryption_header = false;
   for (Extension& extension : extensions) {
@@ -212,6 +213,11 @@ Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
           return fail(ErrorCode::corrupt, "backing format name of {} bytes is longer than {}", length,
                       kMaxBackingFormat);
         header.backing_format = text_of(extension.data);
+        continue;
+      case wire::kExtensionDataFile:
+        if (length > kMaxDataFileName)
+          return fail(ErrorCode::corrupt, "data file name of {} bytes is longer than {}", length, kMaxDataFileName);
+        header.data_file = text_of(extension.data);
         continue;
       case wire::kExtensionPadding:  // left by a crash; whoever writes the next header closes the gap
         continue;
@@ -240,7 +246,6 @@ Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
 
 /// Refuses what this program cannot read or write, by name.
 Result<> check_supported(const Header& header) {
-  if (header.incompatible & kDataFile) return fail(ErrorCode::unsupported, "an external data file is not supported");
   if (header.crypt_method == 1) return fail(ErrorCode::unsupported, "AES encryption is not supported");
   if (header.crypt_method == 2) return fail(ErrorCode::unsupported, "LUKS encryption is not supported");
   return {};
@@ -374,6 +379,9 @@ Result<std::vector<std::byte>> encode_header(const Header& header) {
   if (header.backing_format && header.backing_format->size() > kMaxBackingFormat)
     return fail(ErrorCode::invalid, "backing format name of {} bytes is longer than {}", header.backing_format->size(),
                 kMaxBackingFormat);
+  if (header.data_file && header.data_file->size() > kMaxDataFileName)
+    return fail(ErrorCode::invalid, "data file name of {} bytes is longer than {}", header.data_file->size(),
+                kMaxDataFileName);
 
   wire::Header raw = wire_header(header);
   std::vector<std::byte> out;
@@ -382,6 +390,7 @@ Result<std::vector<std::byte>> encode_header(const Header& header) {
   pad_to_8(out);
   if (header.backing_format)
     append_extension(out, wire::kExtensionBackingFormat, std::as_bytes(std::span(*header.backing_format)));
+  if (header.data_file) append_extension(out, wire::kExtensionDataFile, std::as_bytes(std::span(*header.data_file)));
   for (const Extension& extension : header.extensions) append_extension(out, extension.type, extension.data);
   append_extension(out, wire::kExtensionEnd, {});
   if (header.backing_name) {

@@ -52,10 +52,14 @@ struct Header {
   uint32_t header_length = 112;         ///< v2: 72
   std::optional<std::string> backing_name;
   std::optional<std::string> backing_format;
-  std::vector<Extension> extensions;  ///< all but the backing format and the end marker, in file order
+  std::optional<std::string> data_file;  ///< name of the external data file; may be missing where one is needed
+  std::vector<Extension> extensions;     ///< all but those two and the end marker, in file order
 
   uint64_t cluster_size() const { return uint64_t{1} << cluster_bits; }
-  L2Format l2_format() const { return {(incompatible & kExtendedL2) != 0, (incompatible & kDataFile) != 0}; }
+  L2Format l2_format() const { return {(incompatible & kExtendedL2) != 0, has_data_file()}; }
+  bool has_data_file() const { return (incompatible & kDataFile) != 0; }
+  /// The data file alone reads as the disk does. What a backing file shows is not in it, whatever the header says.
+  bool has_raw_data_file() const { return has_data_file() && (autoclear & kRawDataFile) != 0 && !backing_name; }
   /// Entries per L2 table.
   uint64_t l2_entries() const { return cluster_size() / l2_format().entry_bytes(); }
   /// Guest bytes that one L2 table maps.
@@ -77,6 +81,7 @@ inline constexpr uint64_t kMaxRefcountTableBytes = uint64_t{8} << 20;
 inline constexpr uint32_t kMaxSnapshots = 65536;
 inline constexpr size_t kMaxBackingName = 1023;
 inline constexpr size_t kMaxBackingFormat = 15;
+inline constexpr size_t kMaxDataFileName = 4095;  // a host's longest path
 
 /// What the image is wanted for: some images open for reading or repair only.
 enum class Purpose { info, read, write, repair };

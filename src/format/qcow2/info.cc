@@ -33,6 +33,9 @@ Result<ImageInfo> info(Storage& storage) {
   own.lazy_refcounts = (header.compatible & kLazyRefcounts) != 0;
   own.corrupt = (header.incompatible & kCorrupt) != 0;
   own.extended_l2 = (header.incompatible & kExtendedL2) != 0;
+  own.has_data_file = header.has_data_file();
+  if (own.has_data_file) own.data_file = std::move(header.data_file);
+  own.data_file_raw = own.has_data_file && (header.autoclear & kRawDataFile) != 0;
 
   own.bitmaps = bitmaps_of(storage, header);
 

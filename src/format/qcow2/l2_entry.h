@@ -91,7 +91,9 @@ struct L2Format {
   /// The entry names a host cluster that holds, or is kept for, plain bytes.
   constexpr bool has_host(L2Entry entry) const {
     if (entry.raw & kCompressed) return false;
-    return (entry.raw & kOffsetMask) != 0 || (data_file && (entry.raw & kCopied));
+    if (entry.raw & kOffsetMask) return true;
+    // The first cluster of a data file; a zero flag there keeps nothing.
+    return data_file && (entry.raw & kCopied) && (extended || !(entry.raw & kZeroFlag));
   }
   constexpr bool is_compressed(L2Entry entry) const { return (entry.raw & kCompressed) != 0; }
   /// The entry owns host space of any kind.

@@ -24,7 +24,7 @@ class Mender {
 
   bool has_wrong_flags() const;
   bool has_bad_bitmaps() const;
-  Result<> drop_bitmaps();
+  Result<> drop(uint64_t autoclear);
   Result<> mend_l1_tables();
   Result<> mend_l2_tables();
 
@@ -52,6 +52,7 @@ class Mender {
   Examination& found_;
   Survey& survey_;
   const EntryRules rules_;
+  uint64_t autoclear_ = header_.autoclear;
 };
 
 /// Against the counts as they will be, not as they were found.
@@ -75,9 +76,11 @@ bool Mender::has_bad_bitmaps() const {
 
 /// One wrong bit in a bitmap loses data in a backup, so none of them is believed any more. The header says so, in the
 /// way in which every program that does not keep them up to date says it.
-Result<> Mender::drop_bitmaps() {
-  const be<uint64_t> autoclear = header_.autoclear & ~kBitmaps;
-  IMG_TRY(storage_.write(kAutoclearField, std::as_bytes(std::span(&autoclear, 1))));
+Result<> Mender::drop(uint64_t autoclear) {
+  if ((autoclear_ & autoclear) == 0) return {};
+  autoclear_ &= ~autoclear;
+  const be<uint64_t> field = autoclear_;
+  IMG_TRY(storage_.write(kAutoclearField, std::as_bytes(std::span(&field, 1))));
   return storage_.flush();
 }
 
@@ -134,8 +137,8 @@ bool Mender::mend_l1_entry(be<uint64_t>& raw, bool active) const {
 
 /// However often snapshots' tables overlap, each is visited once.
 Result<> Mender::mend_l1_tables() {
-  // What an entry is mended to is a change of the disk that no bitmap has recorded.
-  if (all_ && survey_.mendable_entries > 0 && (header_.autoclear & kBitmaps)) IMG_TRY(drop_bitmaps());
+  // What an entry is mended to is a change of the disk that no bitmap has recorded, and no raw data file has seen.
+  if (all_ && survey_.mendable_entries > 0) IMG_TRY(drop(kBitmaps | kRawDataFile));
   const HostRange active{header_.l1_offset, uint64_t{header_.l1_entries} * 8};
   for (const Stretch& stretch : overlay(l1_tables())) {
     if (overlaps(stretch.range)) continue;
@@ -190,7 +193,7 @@ Result<> Mender::mend_l2_tables() {
 
 Result<> mend(Storage& storage, const Header& header, Repair mode, Examination& found) {
   Mender mender(storage, header, mode, found);
-  if (mender.has_bad_bitmaps()) IMG_TRY(mender.drop_bitmaps());
+  if (mender.has_bad_bitmaps()) IMG_TRY(mender.drop(kBitmaps));
   if (found.survey->mendable_entries == 0 && !mender.has_wrong_flags()) return {};
   IMG_TRY(mender.mend_l1_tables());
   IMG_TRY(mender.mend_l2_tables());

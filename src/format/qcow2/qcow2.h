@@ -22,6 +22,9 @@ namespace imgfuse::qcow2 {
 using BackingOpener =
     std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
 
+/// Opens the image's external data file, for writing if the image is. The name is missing where the image has none.
+using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std::optional<std::string>& name)>;
+
 struct OpenParameters {
   bool read_only = false;
   uint64_t metadata_cache = uint64_t{32} << 20;    ///< bytes
@@ -30,6 +33,7 @@ struct OpenParameters {
   std::shared_ptr<const void> hold;                ///< let go of when the disk is closed
   std::optional<std::string> compress;             ///< as OpenOptions::compress
   BackingOpener open_backing;                      ///< called at most once, if a backing file is named; may give null
+  DataFileOpener open_data_file;                   ///< called at most once, before that, if the image has one
 };
 
 bool probe(ConstBytes first_bytes);
@@ -37,7 +41,8 @@ bool probe(ConstBytes first_bytes);
 /// Opens the image in `storage`. Opening for writing repairs a dirty image and clears unknown autoclear bits.
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters);
 
-/// Writes a new image into an empty storage. The backing file's size is `options.size` unless given.
+/// Writes a new image into an empty storage. The backing file's size is `options.size` unless given. A data file is the
+/// caller's to make, with the size of the disk and all zeros.
 Result<> create(Storage& storage, const CreateOptions& options);
 
 /// Checks the options that only qcow2 knows about, before any file exists.
@@ -46,9 +51,9 @@ Result<> check_create_options(const CreateOptions& options);
 /// Counts every reference (section 24) and compares. Repairs first if asked to; the storage must then be writable.
 Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink);
 
-/// Puts right the counts and COPIED flags of an image that was not closed cleanly, and nothing else: damage of any
-/// other kind is reported as left.
-Result<CheckReport> recount(Storage& storage);
+/// Puts right the counts and COPIED flags of an image that was not closed cleanly. Damage of any other kind is left
+/// alone, and an error.
+Result<> recount(Storage& storage);
 
 /// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
 Result<ImageInfo> info(Storage& storage);

@@ -7,6 +7,7 @@
 #include "base/buffer.h"
 #include "base/endian.h"
 #include "base/log.h"
+#include "format/qcow2/data_file.h"
 
 namespace imgfuse::qcow2 {
 namespace {
@@ -19,6 +20,7 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
     : storage_(std::move(storage)),
       data_(storage_),
       header_(std::move(header)),
+      raw_data_(header_.has_raw_data_file()),
       read_only_(parameters.read_only),
       compress_(parameters.compress.has_value() && !read_only_),
       lazy_(!read_only_ && header_.version >= 3 && (header_.compatible & kLazyRefcounts) != 0),
@@ -36,7 +38,7 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
 
 Qcow2Disk::~Qcow2Disk() { assert(closed_ && "a writable disk must be closed"); }
 
-Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
+Result<> Qcow2Disk::start(const BackingOpener& open_backing, const DataFileOpener& open_data_file) {
   {
     ExclusiveLock lock(image_.mutex);
     image_.known.add(0);
@@ -44,6 +46,7 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   }
   if (!read_only_) IMG_TRY(refcounts_.load(header_));
   IMG_TRY(map_.load(header_, !read_only_));
+  if (header_.has_data_file()) IMG_TRY(open_data(open_data_file));
   if (snapshots_) snapshots_->load();
   if (header_.backing_name) {
     if (!open_backing) return fail(ErrorCode::invalid, "no way to open the backing file {}", *header_.backing_name);
@@ -62,6 +65,13 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing) {
   return {};
 }
 
+Result<> Qcow2Disk::open_data(const DataFileOpener& open_data_file) {
+  if (!open_data_file) return fail(ErrorCode::invalid, "no way to open the data file");
+  IMG_LET(std::shared_ptr<Storage> file, open_data_file(header_.data_file));
+  IMG_LET(data_, DataFile::open(std::move(file), do_size()));
+  return {};
+}
+
 /// Metadata that cannot be was met: whatever is written from here on could make it worse. The image says so, and is
 /// only read until it is repaired.
 Result<> Qcow2Disk::mark_corrupt() {
@@ -72,7 +82,7 @@ Result<> Qcow2Disk::mark_corrupt() {
 
 /// The features that imgfuse does not keep up go before anything else changes (I8).
 Result<> Qcow2Disk::clear_autoclear_bits() {
-  const uint64_t kept = header_.autoclear & (bitmaps_.stored() ? kBitmaps : 0);
+  const uint64_t kept = header_.autoclear & ((bitmaps_.stored() ? kBitmaps : 0) | (raw_data_ ? kRawDataFile : 0));
   if (header_.autoclear == kept) return {};
   const be<uint64_t> field(kept);
   IMG_TRY(storage_->write(kAutoclearField, std::as_bytes(std::span(&field, 1))));
@@ -209,7 +219,10 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
   return extents;
 }
 
-uint64_t Qcow2Disk::do_allocated() const { return map_.allocated(); }
+/// Entries say nothing of the space that a data file has.
+uint64_t Qcow2Disk::do_allocated() const {
+  return image_.geometry.l2.data_file ? data_->allocated().value_or(0) : map_.allocated();
+}
 
 Result<> Qcow2Disk::do_count_allocated(const std::atomic<bool>& stop) {
   while (!stop.load(std::memory_order_relaxed)) {
@@ -251,6 +264,7 @@ Result<bool> Qcow2Disk::write_stage(unsigned stage) {
       IMG_LET(cycle_.file_size, storage_->size());
     }
     if (cycle_.marks_dirty) IMG_TRY(features_.set(kDirty));
+    if (image_.geometry.l2.data_file) IMG_TRY(data_->flush());  // I2
     IMG_TRY(image_.tables.write(cycle_.counts));
     return !cycle_.counts.empty() || cycle_.marks_dirty;
   }
@@ -328,7 +342,7 @@ Result<> check_compression(const Header& header, const std::optional<std::string
         "the image's compression type is {0}, not {1}; use {0}, or copy the disk with imgfuse convert -c -O qcow2 "
         "-o compression_type={1}",
         has, *wanted);
-  if (header.incompatible & kDataFile)
+  if (header.has_data_file())
     return fail(ErrorCode::unsupported, "an image with an external data file has no compressed clusters");
   return {};
 }
@@ -346,24 +360,22 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
     IMG_LET(header, read_header(*storage, Purpose::write));
   }
   if (!parameters.read_only && (header.incompatible & kDirty)) {
-    IMG_LET(const CheckReport report, recount(*storage));
-    if (report.corruptions > 0 || report.check_errors > 0)
-      return fail(ErrorCode::corrupt,
-                  "the image was not closed cleanly and {} damaged entries could not be repaired; it can be opened "
-                  "read-only",
-                  report.corruptions + report.check_errors);
+    IMG_TRY(recount(*storage));
     IMG_LET(header, read_header(*storage, Purpose::write));
   }
   if (parameters.snapshot) {
     if (!parameters.read_only) return fail(ErrorCode::invalid, "a snapshot can only be opened read-only");
+    if (header.has_data_file())
+      return fail(ErrorCode::unsupported, "an image with an external data file cannot have snapshots");
     IMG_LET(const SnapshotTable table, read_snapshot_table(*storage, header));
     IMG_LET(const size_t found, find_snapshot(table.snapshots, *parameters.snapshot));
     IMG_LET(header, as_of_snapshot(header, table.snapshots[found]));
   }
   if (!parameters.read_only) IMG_TRY(check_compression(header, parameters.compress));
   const BackingOpener open_backing = parameters.open_backing;
+  const DataFileOpener open_data_file = parameters.open_data_file;
   auto disk = std::make_unique<Qcow2Disk>(std::move(storage), std::move(header), std::move(parameters));
-  IMG_TRY(disk->start(open_backing));
+  IMG_TRY(disk->start(open_backing, open_data_file));
   return disk;
 }
 

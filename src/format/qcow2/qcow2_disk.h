@@ -27,8 +27,8 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters);
   ~Qcow2Disk() override;
 
-  /// Reads the tables, opens the backing file, and prepares a writable image for its first change.
-  Result<> start(const BackingOpener& open_backing);
+  /// Reads the tables, opens the files that the image names, and prepares a writable image for its first change.
+  Result<> start(const BackingOpener& open_backing, const DataFileOpener& open_data_file);
 
   Snapshots* snapshots() override { return snapshots_.get(); }
   Bitmaps* bitmaps() override { return snapshots_ ? &bitmaps_ : nullptr; }  // they are the active disk's
@@ -84,7 +84,8 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> zero_part(GuestRange range);
   Result<> zero_subclusters(GuestRange range, Zeroing zeroing);
   Result<uint64_t> zero_run(const Mapping& mapping, GuestRange range, Zeroing zeroing);
-  Result<> zero_data_file(GuestRange range, bool keep);
+  Result<> zero_raw_data(GuestRange range, Zeroing zeroing);
+  Result<> link_raw_data(GuestRange range);
   Result<> overwrite_with_zeroes(GuestRange range);
   Result<> forget_clusters(GuestRange range);
   Result<> populate_range(GuestRange range);
@@ -99,6 +100,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> flush_counts();
   Result<> write_out();
   Result<> clear_autoclear_bits();
+  Result<> open_data(const DataFileOpener& open_data_file);
   Result<> grow(uint64_t old_size, uint64_t size, Preallocation preallocation);
   Result<> shrink(uint64_t size);
   Result<> fill_with_zeroes(GuestRange range);
@@ -106,8 +108,9 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> write_size(uint64_t size);
 
   std::shared_ptr<Storage> storage_;
-  std::shared_ptr<Storage> data_;  // where guest data lies: the image file or an external data file
+  std::shared_ptr<Storage> data_;  // where guest data lies: the image file or a DataFile
   Header header_;                  // as opened, with the snapshots of today; other fields that change live elsewhere
+  const bool raw_data_;            // the data file reads as the disk does, at any moment
   const bool read_only_;
   const bool compress_;  // whole clusters that the guest writes
   const bool lazy_;      // counts may be postponed while the dirty bit is set

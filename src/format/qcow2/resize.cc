@@ -18,12 +18,18 @@ Result<> Qcow2Disk::do_resize(uint64_t size, ResizeOptions options) {
                 max_virtual_size(g.cluster_bits, g.l2.extended));
   const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
   IMG_TRY(latch_.check());
+  if (g.l2.data_file && size > kMaxHostOffset)
+    return fail(ErrorCode::invalid, "size {} is too large: offsets in a data file end at 2^56", size);
   if (size == old_size) return {};
   if (header_.version < 3 && header_.snapshot_count > 0)
     return fail(ErrorCode::unsupported, "a version 2 image with snapshots cannot be resized");
   const Strict strict(*this);
   IMG_TRY(write_out());
-  return note(size < old_size ? shrink(size) : grow(old_size, size, options.preallocation));
+  if (size < old_size) return note(shrink(size));
+  if (g.l2.data_file) IMG_TRY(data_->resize(size));
+  Result<> grown = note(grow(old_size, size, options.preallocation));
+  if (!grown && g.l2.data_file && do_size() == old_size) (void)data_->resize(old_size);
+  return grown;
 }
 
 Result<> Qcow2Disk::grow(uint64_t old_size, uint64_t size, Preallocation preallocation) {
@@ -34,6 +40,10 @@ Result<> Qcow2Disk::grow(uint64_t old_size, uint64_t size, Preallocation preallo
   const uint64_t dirty_end =
       round_up(std::min(size, std::max(map_.tables_end().bytes(), backing_size_)), g.cluster_size);
   if (dirty_end > old_size) IMG_TRY(zero_range({GuestOffset(old_size), dirty_end - old_size}, Zeroing::may_free));
+  if (raw_data_) {
+    const uint64_t first = round_up(old_size, g.cluster_size);
+    IMG_TRY(link_raw_data({GuestOffset(first), round_up(size, g.cluster_size) - first}));
+  }
   IMG_TRY(flusher_.flush());
   IMG_TRY(write_size(size));
   if (preallocation == Preallocation::off) return {};
@@ -67,7 +77,10 @@ Result<> Qcow2Disk::shrink(uint64_t size) {
     IMG_LET(dropped, allocator_.drop_empty_blocks());
     IMG_TRY(write_out());
   }
-  return allocator_.cut_end();
+  IMG_TRY(allocator_.cut_end());
+  if (!g.l2.data_file) return {};
+  IMG_TRY(data_->resize(size));
+  return data_->flush();
 }
 
 /// New table, counts and content durable, then the header switches, then the old one is freed (I7).

@@ -109,7 +109,7 @@ Result<std::vector<SnapshotInfo>> Qcow2Snapshots::list() const {
 Result<> Qcow2Snapshots::check_changeable() const {
   if (disk_.read_only_) return fail(ErrorCode::read_only, "{} is open read-only", disk_.storage_->info().name);
   IMG_TRY(disk_.latch_.check());
-  if (disk_.header_.incompatible & kDataFile)
+  if (disk_.header_.has_data_file())
     return fail(ErrorCode::unsupported, "an image with an external data file cannot have snapshots");
   Lock lock(mutex_);
   if (damage_) return fail(*damage_);
@@ -303,7 +303,7 @@ Result<std::unique_ptr<Disk>> Qcow2Snapshots::open(const std::string& id_or_name
                                                          .metadata_cache = kSnapshotCache,
                                                          .compressed_cache = disk_.image_.inflated.cache(),
                                                          .hold = hold(known[found])});
-  IMG_TRY(disk->start(open_backing));
+  IMG_TRY(disk->start(open_backing, {}));
   return disk;
 }
 

@@ -211,7 +211,7 @@ Result<> take_survey(Storage& storage, const Header& header, const SnapshotTable
                      RefcountStructures refcount_structures, Findings& findings, Survey& survey) {
   IMG_LET(Surveyor surveyor, Surveyor::start(storage, header, findings, survey));
   surveyor.count_structure("the header", {HostOffset(0), header.cluster_size()});
-  if ((header.incompatible & kDataFile) && !snapshots.snapshots.empty())
+  if (header.has_data_file() && !snapshots.snapshots.empty())
     findings.corruption(1, "{} snapshots in an image with an external data file", snapshots.snapshots.size());
   IMG_TRY(surveyor.count_l1_tables(snapshots));
   IMG_TRY(surveyor.count_l2_tables());

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "base/buffer.h"
+#include "core/host_space.h"
 #include "core/pieces.h"
 #include "format/qcow2/qcow2_disk.h"
 
@@ -18,6 +19,9 @@ Bytes scratch(size_t size) {
   buffer.reserve(size);
   return buffer.bytes().first(size);
 }
+
+/// Each guest byte has its place in a data file.
+HostRange place_in_data_file(GuestRange range) { return {HostOffset(range.begin.bytes()), range.length}; }
 
 }  // namespace
 
@@ -69,8 +73,15 @@ Result<size_t> Qcow2Disk::write_in_place(GuestOffset offset, ConstBytes data) {
 
 /// Writes one run under an exclusive lease; returns how much of it, at least up to the next cluster.
 Result<size_t> Qcow2Disk::write_run(const WriteRun& run, GuestOffset offset, ConstBytes data) {
-  if (run.linked) {
-    IMG_TRY(data_->write(run.host, data));
+  if (!run.linked && raw_data_) {
+    // The entry goes first, while the file reads as zeros like the disk: were the data first, a crash could leave it in
+    // the file, and zeros on the disk (I12).
+    IMG_TRY(link_raw_data(round_out({offset, data.size()}, image_.geometry.subcluster_size)));
+    IMG_TRY(flusher_.flush());
+  }
+  if (run.linked || raw_data_) {
+    const HostOffset host = raw_data_ ? HostOffset(offset.bytes()) : run.host;
+    IMG_TRY(data_->write(host, data));
     return data.size();
   }
   IMG_LET(const TableCache::Pin slice, map_.writable_slice(offset));
@@ -177,6 +188,7 @@ Result<> Qcow2Disk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
 }
 
 Result<> Qcow2Disk::zero_range(GuestRange range, Zeroing zeroing) {
+  if (raw_data_) return zero_raw_data(range, zeroing);
   // The cluster that the end of the disk cuts counts as whole.
   if (range.end().bytes() == do_size())
     range.length = round_out(range, image_.geometry.cluster_size).end() - range.begin;
@@ -220,7 +232,8 @@ Result<uint64_t> Qcow2Disk::zero_run(const Mapping& mapping, GuestRange range, Z
   }
   IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
   range.length = std::min(range.length, g.slice_coverage() - range.begin.bytes() % g.slice_coverage());
-  if (g.l2.data_file) IMG_TRY(zero_data_file(range, keep));
+  // What is written here later goes to the same place, so the space is given back at once, or not at all.
+  if (g.l2.data_file && !keep) (void)data_->discard(place_in_data_file(range));
   if (g.has_zero_flag()) {
     map_.zero(slice, range, keep);
   } else {
@@ -229,12 +242,35 @@ Result<uint64_t> Qcow2Disk::zero_run(const Mapping& mapping, GuestRange range, Z
   return range.length;
 }
 
-/// A raw data file reads as the disk does. In another one the bytes do not matter, but their space may be given back;
-/// at once, since what is written here later goes to the same place.
-Result<> Qcow2Disk::zero_data_file(GuestRange range, bool keep) {
-  const HostRange there{HostOffset(range.begin.bytes()), std::min(range.length, do_size() - range.begin.bytes())};
-  if (header_.autoclear & kRawDataFile) return data_->write_zeroes(there);
-  if (!keep) (void)data_->discard(there);
+/// The zeros are written to the file, and nowhere else: an entry with a zero flag could be durable without them, or
+/// they without it.
+Result<> Qcow2Disk::zero_raw_data(GuestRange range, Zeroing zeroing) {
+  while (!range.empty()) {
+    IMG_LET(const Mapping run, map_.lookup(range));
+    const GuestRange part{range.begin, run.length};
+    const HostRange place = place_in_data_file(part);
+    if (!reads_zero(run, part))
+      IMG_TRY(zeroing == Zeroing::may_free ? zero_and_free(*data_, place) : data_->write_zeroes(place));
+    range = {part.end(), range.length - part.length};
+  }
+  return {};
+}
+
+/// Entries of whole subclusters come to say that the bytes lie in the raw data file. Where they said that there are
+/// zeros, the file has zeros.
+Result<> Qcow2Disk::link_raw_data(GuestRange range) {
+  const uint64_t coverage = image_.geometry.slice_coverage();
+  while (!range.empty()) {
+    IMG_LET(const Mapping run, map_.lookup(range));
+    const GuestRange part{range.begin, std::min(run.length, coverage - range.begin.bytes() % coverage)};
+    if (run.kind != ClusterKind::normal) {
+      const HostRange place = place_in_data_file(part);
+      IMG_TRY(zero_and_free(*data_, place));
+      IMG_LET(const TableCache::Pin slice, map_.writable_slice(part.begin));
+      map_.link(slice, part, place.begin);
+    }
+    range = {part.end(), range.length - part.length};
+  }
   return {};
 }
 
@@ -267,7 +303,11 @@ Result<> Qcow2Disk::do_forget(GuestRange range) {
       const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
       const auto lease = ranges_.exclusive(clusters);
       bitmaps_.record({range.begin, length});
-      IMG_TRY(note(forget_clusters(clusters)));
+      IMG_TRY(note(raw_data_ ? zero_raw_data({range.begin, length}, Zeroing::may_free) : forget_clusters(clusters)));
+      if (image_.geometry.l2.data_file && !raw_data_) {
+        IMG_TRY(flusher_.flush());  // until that is durable, a crash may bring the entries back
+        (void)data_->discard(place_in_data_file(clusters));
+      }
     }
     IMG_TRY(relieve());
     range = {range.begin + length, range.length - length};
@@ -319,6 +359,12 @@ Result<> Qcow2Disk::populate_range(GuestRange range) {
 /// Gives a run host clusters of its own; returns how many bytes of it are done.
 Result<uint64_t> Qcow2Disk::populate_run(const Mapping& mapping, GuestRange range) {
   const Geometry& g = image_.geometry;
+  if (raw_data_) IMG_TRY(link_raw_data(round_out(range, g.subcluster_size)));
+  // An entry that names a place in a data file says nothing of its space.
+  if (raw_data_ || (g.l2.data_file && mapping.kind == ClusterKind::normal)) {
+    IMG_TRY(data_->allocate(place_in_data_file(range)));
+    return range.length;
+  }
   if (mapping.kind == ClusterKind::compressed || mapping.kind == ClusterKind::normal ||
       mapping.kind == ClusterKind::zero_allocated)
     return range.length;

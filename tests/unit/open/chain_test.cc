@@ -4,7 +4,9 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include "format/qcow2/header.h"
 #include "imgfuse/create.h"
+#include "support/mem_storage.h"
 #include "support/must.h"
 #include "support/random.h"
 #include "unit/storage/host.h"
@@ -334,6 +336,138 @@ TEST_CASE("chain: running out of descriptors in the middle leaves nothing open")
   REQUIRE(setrlimit(RLIMIT_NOFILE, &old) == 0);
   CHECK(!disk);
   CHECK(open_files() == before);
+}
+
+namespace {
+
+/// An image with an external data file, of 1 MiB.
+void make_with_data_file(const std::string& path, const std::string& data_file,
+                         const std::optional<std::string>& backing = {}) {
+  CreateOptions options{.size = 1_MiB, .backing_file = backing, .allowed_directories = {"/"}};
+  if (backing) options.backing_format = "qcow2";
+  options.data_file = data_file;
+  must(create_image(path, options));
+}
+
+}  // namespace
+
+TEST_CASE("open: a data file is found from the image's directory, by relative and absolute names and through links") {
+  const TempDir dir;
+  fs::create_directory(dir / "sub");
+  make_with_data_file(dir / "sub/relative.qcow2", "relative.raw");
+  make_with_data_file(dir / "sub/absolute.qcow2", dir / "sub/absolute.raw");
+  make_with_data_file(dir / "sub/link.qcow2", "real.raw");
+  fs::rename(dir / "sub/real.raw", dir / "sub/moved.raw");
+  fs::create_symlink("moved.raw", dir / "sub/real.raw");
+
+  const std::pair<const char*, const char*> files[] = {{"sub/relative.qcow2", "sub/relative.raw"},
+                                                       {"sub/absolute.qcow2", "sub/absolute.raw"},
+                                                       {"sub/link.qcow2", "sub/moved.raw"}};
+  for (const auto& file : files) {
+    CAPTURE(file.first);
+    auto disk = must(open_disk(dir / file.first, {}));
+    must(disk->write(GuestOffset(4096), pattern(4096, 1)));
+    finish(std::move(disk));
+    const auto content = read_file(dir / file.second);
+    CHECK(content.size() == 1_MiB);
+    CHECK(std::vector(content.begin() + 4096, content.begin() + 8192) == pattern(4096, 1));
+  }
+}
+
+TEST_CASE("open: a data file elsewhere is opened only where that is allowed, or where the user names it") {
+  const TempDir dir;
+  fs::create_directory(dir / "images");
+  fs::create_directory(dir / "elsewhere");
+  const std::string image = dir / "images/disk.qcow2";
+  make_with_data_file(image, "../elsewhere/data.raw");
+  make_with_data_file(dir / "images/link.qcow2", "link.raw");
+  fs::remove(dir / "images/link.raw");
+  fs::create_symlink("../elsewhere/data.raw", dir / "images/link.raw");
+
+  for (const std::string& path : {image, dir / "images/link.qcow2"}) {
+    const std::string text = failure(path, {});
+    CHECK(text.find("outside the image's directory; to allow it, add --allow-path " + dir / "elsewhere") !=
+          std::string::npos);
+    finish(must(open_disk(path, {.allowed_directories = {dir / "elsewhere"}})));
+    OpenOptions given;
+    given.data_file = dir / "elsewhere/data.raw";
+    finish(must(open_disk(path, given)));
+  }
+}
+
+TEST_CASE("open: a data file that is missing, no file, or part of the chain is refused in one line") {
+  const TempDir dir;
+  make_with_data_file(dir / "base.qcow2", "base.raw");
+  make_with_data_file(dir / "top.qcow2", "top.raw", "base.qcow2");
+  const std::string top = dir / "top.qcow2";
+  const auto replace = [&](const std::string& target) {
+    fs::remove(dir / "top.raw");
+    fs::create_symlink(target, dir / "top.raw");
+  };
+  const std::string begin = "open " + top + ": data file " + (dir / "top.raw") + ": ";
+
+  for (const bool read_only : {false, true}) {
+    const OpenOptions options{.read_only = read_only};
+    replace("top.qcow2");
+    CHECK(failure(top, options) ==
+          begin + "it is the image itself, or another image of its chain, or the data file of one");
+    replace("base.qcow2");
+    CHECK(failure(top, options).find("in the chain already") != std::string::npos);
+    replace("base.raw");
+    CHECK(failure(top, options) ==
+          "open " + top + ": data file " + (dir / "base.raw") +
+              ": it is the image itself, or another image of its chain, or the data file of one");
+    replace("nothing.raw");
+    CHECK(failure(top, options) == begin + "no such file");
+    replace(".");
+    CHECK(failure(top, options) == begin + "is a directory, not an image");
+  }
+  fs::remove(dir / "top.raw");
+  CHECK(failure(top) == begin + "no such file");
+}
+
+TEST_CASE("open: a data file's name that is none, or no path, is refused in one line") {
+  const TempDir dir;
+  const std::string image = dir / "disk.qcow2";
+  make_with_data_file(image, "data.raw");
+  const std::pair<std::string, const char*> names[] = {{"", "its name is empty"},
+                                                       {std::string("data\0.raw", 9), "/data: no such file"},
+                                                       {"nbd:host", "nbd: is a protocol"},
+                                                       {"json:{\"driver\":\"file\"}", "json: is a protocol"},
+                                                       {"line\nline", "line?line: no such file"},
+                                                       {"data.raw/", "data.raw/: "},
+                                                       {std::string(4095, 'n'), "ame too long"}};
+  for (const auto& [name, says] : names) {
+    MemStorage storage(MemImage::load(image));
+    qcow2::Header header = must(qcow2::read_header(storage, qcow2::Purpose::write));
+    header.data_file = name;
+    must(storage.write(HostOffset(0), must(qcow2::encode_header(header))));
+    storage.image().save(image);
+
+    const std::string text = failure(image, {});
+    CAPTURE(text);
+    CHECK(text.find(says) != std::string::npos);
+    CHECK(text.find('\n') == std::string::npos);
+  }
+  CHECK(read_file(dir / "data.raw") == std::vector<std::byte>(1_MiB));
+}
+
+TEST_CASE("open: two images cannot write to one data file, and a raw disk not beside one") {
+  const TempDir dir;
+  make_with_data_file(dir / "a.qcow2", "a.raw");
+  make_with_data_file(dir / "b.qcow2", "b.raw");
+  fs::remove(dir / "b.raw");
+  fs::create_symlink("a.raw", dir / "b.raw");
+
+  auto disk = must(open_disk(dir / "a.qcow2", {}));
+  CHECK(failure(dir / "b.qcow2", {}).find("Failed to get") != std::string::npos);
+  CHECK(failure(dir / "b.qcow2").find("--force-share") != std::string::npos);
+  CHECK(failure(dir / "a.raw", {}).find("Failed to get") != std::string::npos);
+  finish(must(open_disk(dir / "b.qcow2", {.read_only = true, .force_share = true})));
+  finish(std::move(disk));
+  auto reader = must(open_disk(dir / "a.qcow2", {.read_only = true}));
+  finish(must(open_disk(dir / "b.qcow2", {.read_only = true})));
+  finish(std::move(reader));
 }
 
 }  // namespace imgfuse::test

@@ -226,4 +226,82 @@ TEST_CASE("check: looking takes a reader's lock, repairing a writer's") {
   CHECK(repair.error().code() == ErrorCode::busy);
 }
 
+TEST_CASE("create: a data file has the disk's size, and what cannot be is refused with nothing made") {
+  const TempDir dir;
+  fs::create_directory(dir / "sub");
+  CreateOptions options{.size = 1_MiB + 512};
+  options.data_file = "data.raw";
+  write_file(dir / "sub/data.raw", pattern(3_MiB));  // is emptied
+  for (const bool raw : {false, true}) {
+    options.data_file_raw = raw;
+    must(create_image(dir / "sub/disk.qcow2", options));
+
+    CHECK(read_file(dir / "sub/data.raw") == std::vector<std::byte>(1_MiB + 512));
+    const ImageInfo info = must(image_info(dir / "sub/disk.qcow2", {}));
+    CHECK(info.qcow2->data_file == "data.raw");
+    CHECK(info.qcow2->data_file_raw == raw);
+    CHECK(info.full_data_file == dir / "sub/data.raw");
+  }
+
+  const auto refused = [&](const std::string& name, auto change, const std::string& says) {
+    CreateOptions wrong{.size = 1_MiB};
+    wrong.data_file = name;
+    change(wrong);
+    CAPTURE(says);
+    const Error error = create_failure(dir / "new.qcow2", wrong);
+    CHECK(error.text().find(says) != std::string::npos);
+    CHECK_FALSE(fs::exists(dir / "new.qcow2"));
+    CHECK_FALSE(fs::exists(dir / "new.raw"));
+  };
+  const auto nothing = [](CreateOptions&) {};
+  refused("new.qcow2", nothing, "it is the image itself");
+  refused("none/new.raw", nothing, "no such file");
+  refused("sub", nothing, "is a directory");
+  refused(
+      "/dev/null", [](CreateOptions& o) { o.allowed_directories = {"/"}; }, "neither a regular file");
+  refused("../new.raw", nothing, "--allow-path");
+  refused("", nothing, "name is empty");
+  refused("json:{}", nothing, "is a protocol");
+  refused(std::string(5000, 'n'), nothing, "is longer than 4095");
+  refused(
+      "new.raw", [](CreateOptions& o) { o.version = 2; }, "needs version 3");
+  refused(
+      "new.raw", [](CreateOptions& o) { o.format = "raw"; }, "no data file");
+  const auto on = [](const std::string& backing) {
+    return [backing](CreateOptions& o) {
+      o.backing_file = backing;
+      o.backing_format = "qcow2";
+    };
+  };
+  refused("sub/data.raw", on("sub/disk.qcow2"), "it is the image's backing file, or one below that");
+  refused("sub/disk.qcow2", on("sub/disk.qcow2"), "it is the image's backing file, or one below that");
+  refused(
+      "new.raw", [&](CreateOptions& o) { on("sub/disk.qcow2")(o), o.data_file_raw = true; }, "no backing file");
+  CreateOptions unnamed{.size = 1_MiB};
+  unnamed.data_file_raw = true;
+  CHECK(create_failure(dir / "new.qcow2", unnamed).text().find("needs a data_file") != std::string::npos);
+  CHECK(read_file(dir / "sub/data.raw").size() == 1_MiB + 512);
+}
+
+TEST_CASE("create: preallocation of a data file takes space there") {
+  const TempDir dir;
+  for (const Preallocation preallocation :
+       {Preallocation::off, Preallocation::metadata, Preallocation::falloc, Preallocation::full}) {
+    CreateOptions options{.size = 1_MiB, .preallocation = preallocation};
+    options.data_file = "data.raw";
+    must(create_image(dir / "disk.qcow2", options));
+
+    struct stat data {};
+    REQUIRE(::stat((dir / "data.raw").c_str(), &data) == 0);
+    const bool full = preallocation == Preallocation::falloc || preallocation == Preallocation::full;
+    CHECK((data.st_blocks * 512 >= 1 << 20) == full);
+    auto disk = must(open_disk(dir / "disk.qcow2", {.read_only = true}));
+    const auto extents = must(disk->map({GuestOffset(0), 1_MiB}));
+    CHECK((extents.at(0).kind == ExtentKind::data) == (preallocation != Preallocation::off));
+    must(disk->close());
+    disk.reset();
+    CHECK(fs::file_size(dir / "disk.qcow2") < 1_MiB);
+  }
+}
+
 }  // namespace imgfuse::test

@@ -165,4 +165,21 @@ TEST_CASE("path policy: names cannot write on the terminal") {
   CHECK(printable("base\x1b[2J\n.raw\x7f") == "base?[2J?.raw?");
 }
 
+TEST_CASE("path policy: a file is made where one may be opened, and nowhere else") {
+  const Tree tree;
+  const PathPolicy policy = tree.policy({tree.dir / "elsewhere"});
+
+  CHECK(must(policy.make("new.raw", tree.image())));
+  CHECK(fs::exists(tree.dir / "images/new.raw"));
+  CHECK(must(policy.make(tree.dir / "elsewhere/new.raw", tree.image())));
+  CHECK_FALSE(must(policy.make("base.raw", tree.image())));  // it is there
+  CHECK_FALSE(must(policy.make("sub", tree.image())));
+  fs::create_symlink(tree.dir / "images2/link.raw", tree.dir / "images/link.raw");
+  CHECK_FALSE(must(policy.make("link.raw", tree.image())));  // a link, wherever it leads
+  for (const std::string name : {"../images2/new.raw", "/tmp/imgfuse-never", "none/new.raw", "sub/", "", "nbd:new.raw"})
+    CHECK_FALSE(policy.make(name, tree.image()));
+  CHECK_FALSE(fs::exists(tree.dir / "images2/new.raw"));
+  CHECK_FALSE(fs::exists(tree.dir / "images2/link.raw"));
+}
+
 }  // namespace imgfuse::test

@@ -326,7 +326,7 @@ TEST_CASE("qcow2: requests past the end are refused") {
 
 TEST_CASE("qcow2: autoclear bits are durably gone before anything else changes") {
   MemImage image = make_qcow2({});
-  image.write(95, std::array{std::byte{0x05}});  // bitmaps, and an unknown one
+  image.write(95, std::array{std::byte{0x07}});  // bitmaps, a raw data file where there is none, an unknown one
 
   WatchedDisk disk = open_watched(image, {.read_only = true});
   CHECK(disk.memory->counts().writes == 0);

@@ -63,21 +63,42 @@ ModelDisk model_of(const Situation& s) {
                    s.content);
 }
 
-void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng) {
+namespace {
+
+/// The raw data file reads as the disk does.
+void check_raw(Disk& disk, const MemImage& data, const ModelDisk& model) {
+  for (const GuestRange window : model.windows()) {
+    if (window.end().bytes() > disk.size()) continue;  // a growth that is lost
+    std::vector<std::byte> raw(window.length);
+    data.read(window.begin.bytes(), raw);
+    CHECK(read_all(disk, window.begin, window.length) == raw);
+  }
+}
+
+}  // namespace
+
+void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng,
+                   const CrashStorage* data) {
   for (const CrashMode mode : {CrashMode::none, CrashMode::all, CrashMode::torn}) {
     MemImage crashed = storage.crash(mode, rng);
     if (Qcow2View::parse(crashed)->is_lazy()) crashed = reopened(crashed, {.backing = s.backing});
     CHECK(Qcow2View::parse(crashed)->find_corruption() == "");
     CHECK(check_image(crashed).corruptions == 0);
-    auto disk = open_qcow2(std::make_shared<MemStorage>(crashed), {.backing = s.backing});
+    const MemImage crashed_data = data ? data->crash(kCrashModes[rng.below(std::size(kCrashModes))], rng) : MemImage{};
+    auto disk = open_qcow2(std::make_shared<MemStorage>(crashed),
+                           {.backing = s.backing, .data = std::make_shared<MemStorage>(crashed_data)});
     REQUIRE(disk);
+    if (s.raw) check_raw(**disk, crashed_data, model);
     CHECK(model.compare(**disk) == "");
     must((*disk)->close());
   }
 }
 
-void fail_everywhere(const Situation& situation, const Operation& operation) {
+namespace {
+
+void fail_everywhere(const Situation& situation, const Operation& operation, bool in_data_file) {
   CAPTURE(operation.name);
+  CAPTURE(in_data_file);
   for (const FaultKind& kind : kFaultKinds) {
     CAPTURE(kind.name);
     for (uint64_t n = 1;; ++n) {
@@ -85,11 +106,15 @@ void fail_everywhere(const Situation& situation, const Operation& operation) {
       REQUIRE(n < 2000);
       Rng rng(n);
       auto crash = std::make_shared<CrashStorage>(situation.image);
-      auto faults = std::make_shared<FaultStorage>(crash);
-      auto ordered = std::make_shared<OrderStorage>(faults, situation.image);
+      auto image = std::make_shared<FaultStorage>(crash);
+      auto ordered = std::make_shared<OrderStorage>(image, situation.image);
+      auto data_crash = std::make_shared<CrashStorage>(situation.data.value_or(MemImage{}));
+      auto data = std::make_shared<FaultStorage>(data_crash);
+      const auto& faults = in_data_file ? data : image;
       ModelDisk model = model_of(situation);
       auto disk = must(open_qcow2(
-          ordered, {.metadata_cache = 64_KiB, .backing = situation.backing, .compress = situation.compress}));
+          ordered,
+          {.metadata_cache = 64_KiB, .backing = situation.backing, .compress = situation.compress, .data = data}));
 
       faults->fail_call(n, kind.code, kind.fault);
       Result<> result = operation.run(*disk, model);
@@ -97,7 +122,7 @@ void fail_everywhere(const Situation& situation, const Operation& operation) {
       const bool fired = faults->fired();
       faults->heal();
       if (!fired) CHECK(result);
-      check_crashed(*crash, model, situation, rng);
+      check_crashed(*crash, model, situation, rng, data_crash.get());
       CHECK(model.compare(*disk) == "");  // reads go on
 
       // Either it works again, and is consistent, or it refuses every change.
@@ -106,7 +131,7 @@ void fail_everywhere(const Situation& situation, const Operation& operation) {
       const Result<> again = write(*disk, later, 40 * kCluster, 3 * kCluster, n);
       const Result<> flushed = flush(*disk, later);
       if (again && flushed) {
-        check_crashed(*crash, later, situation, rng);
+        check_crashed(*crash, later, situation, rng, data_crash.get());
         CHECK(later.compare_exactly(*disk) == "");
         CHECK(disk->close());
         CHECK(check_image(crash->image()).leaks == 0);
@@ -116,11 +141,18 @@ void fail_everywhere(const Situation& situation, const Operation& operation) {
         CHECK_FALSE(disk->flush());
         CHECK_FALSE(disk->write(GuestOffset(0), pattern(512)));
         CHECK_FALSE(disk->close());
-        check_crashed(*crash, later, situation, rng);
+        check_crashed(*crash, later, situation, rng, data_crash.get());
       }
       if (!fired) break;
     }
   }
+}
+
+}  // namespace
+
+void fail_everywhere(const Situation& situation, const Operation& operation) {
+  fail_everywhere(situation, operation, false);
+  if (situation.data) fail_everywhere(situation, operation, true);
 }
 
 }  // namespace imgfuse::test

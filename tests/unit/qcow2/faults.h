@@ -21,6 +21,8 @@ struct Situation {
   MemImage backing;
   uint64_t size = kSize;
   std::optional<std::string> compress;
+  std::optional<MemImage> data;  ///< the external data file
+  bool raw = false;              ///< which reads as the disk does
 };
 
 /// What is asked of the disk. The model is told first.
@@ -38,10 +40,13 @@ Result<> flush(Disk& disk, ModelDisk& model);
 /// The model of the parts of the disk that operations may touch: clusters 0 to 75, and two on either side of 2 MiB.
 ModelDisk model_of(const Situation& s);
 
-/// Images that a crash at this moment may leave have no corruptions, open, and read as the model allows.
-void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng);
+/// Images that a crash at this moment may leave have no corruptions, open, and read as the model allows. `data` is the
+/// external data file, where there is one.
+void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Situation& s, Rng& rng,
+                   const CrashStorage* data = nullptr);
 
-/// Fails the n-th call of the operation in every way, for n = 1, 2, … until it runs through. The disk then works on and
+/// Fails the n-th call of the operation in every way, for n = 1, 2, … until it runs through; calls of the image's
+/// storage, and then of the data file's. The disk then works on and
 /// is consistent, or refuses every change; and at no moment a crash loses what was acknowledged.
 void fail_everywhere(const Situation& situation, const Operation& operation);
 

@@ -105,7 +105,6 @@ TEST_CASE("qcow2 header: every field out of range is refused with its value and 
       {60, 4, 65537, "65537 snapshots (header byte 60) are more than 65536"},
       {64, 8, 0x200, "snapshot table offset 0x200 (header byte 64) is not a multiple"},
       {72, 8, 2, "the image is marked corrupt; it can be read, and `imgfuse check --repair all`"},
-      {72, 8, 4, "an external data file is not supported"},
       {72, 8, 8, "compression type 0 (header byte 104) contradicts incompatible feature bit 3, which is set"},
       {72, 8, 32, "incompatible features that imgfuse does not know: bit 5"},
       {72, 8, uint64_t{1} << 63, "incompatible features that imgfuse does not know: bit 63"},
@@ -192,6 +191,10 @@ TEST_CASE("qcow2 header: extensions that do not fit are refused") {
     poke_extension(image, kExtensions, 0xe2792aca, "0123456789abcdef");
     check_refused(image, "backing format name of 16 bytes is longer than 15");
   }
+  SUBCASE("data file name too long") {
+    poke_extension(image, kExtensions, 0x44415441, std::string(4096, 'n'));
+    check_refused(image, "data file name of 4096 bytes is longer than 4095");
+  }
   SUBCASE("bitmaps of the wrong size") {
     poke_extension(image, kExtensions, 0x23852875, "0123456789abcdef");
     check_refused(image, "bitmaps header extension has 16 bytes instead of 24");
@@ -258,10 +261,10 @@ TEST_CASE("qcow2 header: a purpose decides what damage is tolerated") {
     CHECK(read(image, Purpose::read));
     CHECK(read(image, Purpose::repair));
   }
-  SUBCASE("external data file: info") {
+  SUBCASE("external data file without a name") {
     poke<uint64_t>(image, 72, 4);
-    CHECK(read(image, Purpose::info));
-    CHECK(read(image, Purpose::read).error().code() == ErrorCode::unsupported);
+    CHECK(must(read(image, Purpose::info)).has_data_file());
+    CHECK_FALSE(must(read(image, Purpose::read)).data_file);
   }
 }
 
