@@ -20,6 +20,7 @@ class Spec:
     lazy_refcounts: bool = False
     odd_size: bool = False  # not a multiple of the cluster size
     extended_l2: bool = False
+    data_file: str = 'none'  # none, plain, raw
 
     @property
     def size(self):
@@ -45,6 +46,8 @@ class Spec:
             options.append('lazy_refcounts=on')
         if self.extended_l2:
             options.append('extended_l2=on')
+        if self.data_file == 'raw':
+            options.append('data_file_raw=on')
         return ','.join(options)
 
     @property
@@ -57,6 +60,7 @@ class Spec:
         parts += ['lazy'] if self.lazy_refcounts else []
         parts += ['odd_size'] if self.odd_size else []
         parts += ['extended'] if self.extended_l2 else []
+        parts += ['data_file_' + self.data_file] if self.data_file != 'none' else []
         return '_'.join(parts)
 
 
@@ -99,4 +103,12 @@ def matrix():
         specs += [extended(backing=(f,), backing_size=s) for f, s in product(('raw', 'qcow2'), ('shorter', 'longer'))]
         specs += [extended(preallocation=p) for p in ('metadata', 'falloc', 'full')]
         specs += [extended(preallocation='metadata', backing=('raw',)), extended(lazy_refcounts=True)]
+    for kind in ('plain', 'raw'):
+        external = functools.partial(Spec, data_file=kind)
+        specs += [external(cluster=c, odd_size=odd) for c, odd in product((512, 64 * KiB), (False, True))]
+        specs += [external(cluster=2 * MiB), external(refcount_bits=1), external(preallocation='full'),
+                  external(extended_l2=True, odd_size=True)]
+    specs += [Spec(data_file='plain', lazy_refcounts=True), Spec(data_file='plain', preallocation='metadata')]
+    specs += [Spec(data_file='plain', extended_l2=x, backing=(f,), backing_size=s)
+              for x, f, s in ((False, 'raw', 'longer'), (False, 'qcow2', 'shorter'), (True, 'qcow2', 'longer'))]
     return list(dict.fromkeys(specs))

@@ -1,4 +1,5 @@
 """Images made by qemu-img and qemu-io, in every combination that matters, through imgfuse and back."""
+import hashlib
 import json
 import os
 import random
@@ -57,7 +58,8 @@ class Matrix(ImageCase):
         image = self.path('disk.qcow2')
         if spec.compression == 'none':
             options = ['-b', backing.name, '-F', backing_format] if backing else []
-            run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', spec.options, *options, image, spec.size)
+            made = spec.options + (',data_file=%s' % self.path('data.raw') if spec.data_file != 'none' else '')
+            run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', made, *options, image, spec.size)
         else:
             options = ['-B', backing.name, '-F', backing_format] if backing else []
             run('qemu-img', 'convert', '-c', '-f', 'raw', '-O', 'qcow2', '-o', spec.options, *options,
@@ -110,6 +112,9 @@ class Matrix(ImageCase):
         """The same operations through imgfuse, and by qemu-io on a copy."""
         oracle = self.path('oracle.qcow2')
         run('cp', '--sparse=always', image, oracle)
+        if spec.data_file != 'none':
+            run('cp', '--sparse=always', self.path('data.raw'), self.path('oracle.raw'))
+            run('qemu-img', 'amend', '-f', 'qcow2', '-o', 'data_file=%s' % self.path('oracle.raw'), oracle)
         snapshots = self.snapshot_hashes(image)
         commands = self.write_through(self.mount(image), spec)
         if spec.compression != 'none':
@@ -119,6 +124,10 @@ class Matrix(ImageCase):
         self.assert_clean(image)
         run('qemu-img', 'compare', '-f', 'qcow2', '-F', 'qcow2', image, oracle)
         self.assertEqual(self.snapshot_hashes(image), snapshots, 'snapshots')
+        if spec.data_file == 'raw':
+            with open(self.path('data.raw'), 'rb') as data:
+                content = hashlib.sha256(data.read(spec.size)).hexdigest()
+            self.assertEqual(content, raw_sha256(image), 'the raw data file')
 
     def write_through(self, mount, spec):
         """Random changes of the mounted disk, which is unmounted then; returns what qemu-io calls them."""

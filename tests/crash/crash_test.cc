@@ -26,6 +26,9 @@ enum class Start {
   crowded,  ///< the next writes need a longer refcount table
 };
 
+/// Where guest data lies, if not in the image.
+enum class DataFile { none, plain, raw };
+
 struct Scenario {
   uint32_t cluster_size;
   uint32_t refcount_bits;
@@ -35,11 +38,14 @@ struct Scenario {
   std::optional<std::string> compress = {};  ///< whole clusters that are written
   bool extended_l2 = false;
   bool lazy_refcounts = false;
+  DataFile data_file = DataFile::none;
   std::string text() const {
+    const char* data_files[] = {"", ", data file", ", raw data file"};
     const char* starts[] = {"empty", "backing", "snapshot", "compressed", "crowded"};
-    return fmt::format("cluster size {}, {} refcount bits, version {}, start {}, {} compression{}{}", cluster_size,
+    return fmt::format("cluster size {}, {} refcount bits, version {}, start {}, {} compression{}{}{}", cluster_size,
                        refcount_bits, version, starts[static_cast<int>(start)], compress.value_or("no"),
-                       extended_l2 ? ", extended L2" : "", lazy_refcounts ? ", lazy refcounts" : "");
+                       extended_l2 ? ", extended L2" : "", lazy_refcounts ? ", lazy refcounts" : "",
+                       data_files[static_cast<int>(data_file)]);
   }
 };
 
@@ -68,9 +74,15 @@ bool have_qemu_img() {
   return have;
 }
 
+/// An image's own file, and its external data file; without one that is empty and unused.
+struct Files {
+  MemImage image;
+  MemImage data;
+};
+
 /// The image and the content that a scenario begins with.
 struct Beginning {
-  MemImage image;
+  Files files;
   MemImage backing;
   MemImage content;  ///< what the guest reads
 };
@@ -102,17 +114,20 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
   Qcow2Spec spec{size, scenario.cluster_size, scenario.refcount_bits, scenario.version, {}};
   spec.extended_l2 = scenario.extended_l2;
   spec.lazy_refcounts = scenario.lazy_refcounts;
+  spec.data_file = scenario.data_file != DataFile::none;
+  spec.data_file_raw = scenario.data_file == DataFile::raw;
   spec.compression = scenario.compress.value_or("zlib");
   Beginning beginning;
   beginning.content.resize(size);
+  if (spec.data_file) beginning.files.data.resize(size);
   const std::string image = directory / "start.qcow2";
   switch (scenario.start) {
     case Start::empty:
-      beginning.image = make_qcow2(spec);
+      beginning.files.image = make_qcow2(spec);
       break;
     case Start::backing:
       spec.backing = "backing.raw";
-      beginning.image = make_qcow2(spec);
+      beginning.files.image = make_qcow2(spec);
       beginning.backing = random_content(size, windows, rng);
       if (rng.one_in(2)) {  // longer than the overlay: what growth gains must not show it
         beginning.backing.write(size, pattern(scenario.cluster_size * 4, rng.next()));
@@ -134,7 +149,7 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
       must(disk->close());
       storage->image().save(image);
       REQUIRE(run("qemu-img snapshot -c first " + image) == 0);
-      beginning.image = MemImage::load(image);
+      beginning.files.image = MemImage::load(image);
       break;
     }
     case Start::crowded: {  // 64 refcount table entries of 64 clusters each
@@ -143,7 +158,7 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
       for (uint64_t at = 1_MiB; must(storage->size()) < 2_MiB - 10_KiB; at += 4096)
         must(disk->write(GuestOffset(at), pattern(4096, at)));
       must(disk->close());
-      beginning.image = storage->image();
+      beginning.files.image = storage->image();
       break;
     }
     case Start::compressed:
@@ -154,7 +169,7 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
                           scenario.cluster_size, scenario.refcount_bits, scenario.version == 2 ? "0.10" : "1.1",
                           scenario.extended_l2 ? ",extended_l2=on" : "",
                           scenario.lazy_refcounts ? ",lazy_refcounts=on" : "", directory / "start.raw", image)) == 0);
-      beginning.image = MemImage::load(image);
+      beginning.files.image = MemImage::load(image);
       break;
   }
   return beginning;
@@ -186,21 +201,25 @@ class CrashRun {
     backing_.save(directory_ / "backing.raw");
     ModelDisk model(size, windows, beginning.content);
     limit_ = states;
-    live(beginning.image, model, ~uint64_t{0}, 0);
+    live(beginning.files, model, ~uint64_t{0}, 0);
     totals_.states += states_;
   }
 
  private:
   /// Works on `image` until enough states were seen, or `requests` were made.
-  void live(const MemImage& image, ModelDisk& model, uint64_t requests, int depth) {
-    auto storage = std::make_shared<CrashStorage>(image);
-    auto ordered = std::make_shared<OrderStorage>(storage, image);
+  void live(const Files& files, ModelDisk& model, uint64_t requests, int depth) {
+    auto storage = std::make_shared<CrashStorage>(files.image);
+    auto data = std::make_shared<CrashStorage>(files.data);
+    auto ordered = std::make_shared<OrderStorage>(storage, files.image);
     // Another thread looks, as this one holds locks of the interrupted disk.
-    storage->set_observer([&] {
-      if (!failed_ && states_ < limit_) std::async(std::launch::async, [&] { crash(*storage, model, depth); }).get();
-    });
-    auto disk =
-        must(open_qcow2(ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress}));
+    const auto observer = [&] {
+      if (failed_ || states_ >= limit_) return;
+      std::async(std::launch::async, [&] { crash(*storage, *data, model, depth); }).get();
+    };
+    storage->set_observer(observer);
+    data->set_observer(observer);
+    auto disk = must(open_qcow2(
+        ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress, .data = data}));
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
       Result<> result = random_request(*disk, model, workload_, rng_, request_);
       require(result.has_value(), result ? "" : result.error().text());
@@ -209,65 +228,73 @@ class CrashRun {
     must(disk->close());
     model.flushed();
     storage->set_observer({});
-    if (!failed_) require_equal(model, storage->image(), depth == 0);
+    data->set_observer({});
+    if (!failed_) require_equal(model, {storage->image(), data->image()}, depth == 0);
   }
 
   /// Looks at some of the images that a crash at this moment may leave.
-  void crash(const CrashStorage& storage, const ModelDisk& model, int depth) {
+  void crash(const CrashStorage& storage, const CrashStorage& data, const ModelDisk& model, int depth) {
     const size_t pending = storage.pending();
+    const auto any = [&] { return kCrashModes[rng_.below(std::size(kCrashModes))]; };
+    const auto with_data = [&](MemImage image) { return Files{std::move(image), data.crash(any(), rng_)}; };
     if (pending <= 3 && rng_.one_in(4)) {
-      for (uint64_t chosen = 0; chosen < uint64_t{1} << pending; ++chosen) look(storage.crash(chosen), model, depth);
+      for (uint64_t chosen = 0; chosen < uint64_t{1} << pending; ++chosen)
+        look(with_data(storage.crash(chosen)), model, depth);
       return;
     }
-    look(storage.crash(CrashMode::all, rng_), model, depth);
-    if (pending > 0) look(storage.crash(kCrashModes[rng_.below(std::size(kCrashModes))], rng_), model, depth);
+    look(with_data(storage.crash(CrashMode::all, rng_)), model, depth);
+    if (pending + data.pending() > 0) look(with_data(storage.crash(any(), rng_)), model, depth);
   }
 
   /// One crashed image: it must check clean but for leaks, open for writing, and read as the model allows. Postponed
   /// counts are put right by opening it, and nothing else is.
-  void look(const MemImage& found, const ModelDisk& model, int depth) {
+  void look(const Files& found, const ModelDisk& model, int depth) {
     if (failed_) return;
     ++states_;
-    std::optional<Qcow2View> view = Qcow2View::parse(found);
+    std::optional<Qcow2View> view = Qcow2View::parse(found.image);
     require(view.has_value(), "no qcow2 image is left");
     if (failed_) return save(found);
-    MemImage crashed = found;
+    Files crashed = found;
     if (view->is_lazy()) {
-      auto disk = open_qcow2(std::make_shared<MemStorage>(found), {.read_only = true, .backing = backing_});
+      auto disk = open_for_reading(found);
       require(disk.has_value(), "cannot be opened read-only");
       if (disk) require((wrong_ = model.compare(**disk)).empty(), "before the repair: " + wrong_);
-      crashed = reopened(found, {.metadata_cache = 64_KiB, .backing = backing_});
-      view = Qcow2View::parse(crashed);
+      crashed.image =
+          reopened(found.image,
+                   {.metadata_cache = 64_KiB, .backing = backing_, .data = std::make_shared<MemStorage>(found.data)});
+      view = Qcow2View::parse(crashed.image);
       require(!view->is_dirty(), "dirty after it was opened");
       ++totals_.dirty;
     }
     require(view->find_corruption().empty(), view->find_corruption());
     if (!failed_) {
-      const CheckReport report = check_image(crashed);
+      const CheckReport report = check_image(crashed.image);
       require(report.corruptions == 0 && report.check_errors == 0, "qcow2::check finds corruptions");
     }
     if (!failed_) {
-      const auto storage = std::make_shared<MemStorage>(crashed);
-      auto disk = open_qcow2(storage, {.metadata_cache = 64_KiB, .backing = backing_});
+      const auto data = std::make_shared<MemStorage>(crashed.data);
+      auto disk = open_qcow2(std::make_shared<MemStorage>(crashed.image),
+                             {.metadata_cache = 64_KiB, .backing = backing_, .data = data});
       require(disk.has_value(), disk ? "" : disk.error().text());
       if (!disk) return save(crashed);
       const std::string wrong = model.compare(**disk);
+      require_raw(**disk, crashed.data, model);
       must((*disk)->close());
       require(wrong.empty(), wrong);
     }
     if (failed_) return save(crashed);
     if ((totals_.states + states_) % kQemuEvery == 0 && have_qemu_img()) {
       confirm(crashed);
-      if (Qcow2View::parse(found)->is_lazy()) confirm(found);
+      if (Qcow2View::parse(found.image)->is_lazy()) confirm(found);
     }
     if (depth == 0 && rng_.one_in(10)) live_again(found, model);
   }
 
   /// Goes on with a crashed image for a few requests, with crashes.
-  void live_again(const MemImage& crashed, const ModelDisk& model) {
+  void live_again(const Files& crashed, const ModelDisk& model) {
     ModelDisk survivor = model;
     {
-      auto disk = must(open_qcow2(std::make_shared<MemStorage>(crashed), {.read_only = true, .backing = backing_}));
+      auto disk = must(open_for_reading(crashed));
       const std::string wrong = survivor.settle(*disk);
       require(wrong.empty(), wrong);
     }
@@ -276,21 +303,44 @@ class CrashRun {
     request_ = before;
   }
 
-  void confirm(const MemImage& crashed) {
-    const std::string path = directory_ / "crashed.qcow2";
-    crashed.save(path);
-    if (Qcow2View::parse(crashed)->is_lazy()) (void)run("qemu-img check -q -r all -f qcow2 " + path);
-    const int status = run("qemu-img check -q -f qcow2 " + path);
+  /// Read-only.
+  Result<std::unique_ptr<Disk>> open_for_reading(const Files& files) const {
+    return open_qcow2(std::make_shared<MemStorage>(files.image),
+                      {.read_only = true, .backing = backing_, .data = std::make_shared<MemStorage>(files.data)});
+  }
+
+  /// A raw data file reads as the disk does, whatever a crash has left of both.
+  void require_raw(Disk& disk, const MemImage& data, const ModelDisk& model) {
+    if (scenario_.data_file != DataFile::raw) return;
+    for (const GuestRange window : model.windows()) {
+      if (window.end().bytes() > disk.size()) continue;  // a growth that is lost
+      std::vector<std::byte> raw(window.length);
+      data.read(window.begin.bytes(), raw);
+      require(read_all(disk, window.begin, window.length) == raw,
+              fmt::format("the raw data file differs in the window at {:#x}", window.begin.bytes()));
+    }
+  }
+
+  /// QEMU looks for the data file where it is called.
+  void confirm(const Files& crashed) {
+    const std::string check = "cd " + (directory_ / ".") + " && qemu-img check -q -f qcow2 ";
+    crashed.image.save(directory_ / "crashed.qcow2");
+    crashed.data.save(directory_ / "data.raw");
+    if (Qcow2View::parse(crashed.image)->is_lazy()) (void)run(check + "-r all crashed.qcow2");
+    const int status = run(check + "crashed.qcow2");
     require(status == 0 || status == 3, fmt::format("qemu-img check ends with {}", status));
     ++totals_.confirmed;
   }
 
-  void require_equal(const ModelDisk& model, const MemImage& image, bool without_leaks) {
-    auto disk = must(open_qcow2(std::make_shared<MemStorage>(image), {.read_only = true, .backing = backing_}));
+  void require_equal(const ModelDisk& model, const Files& files, bool without_leaks) {
+    auto disk = must(open_for_reading(files));
     const std::string wrong = model.compare_exactly(*disk);
     require(wrong.empty(), "after close: " + wrong);
-    require(!Qcow2View::parse(image)->is_dirty(), "after close: dirty");
-    const CheckReport report = check_image(image);
+    require_raw(*disk, files.data, model);
+    require(scenario_.data_file == DataFile::none || !without_leaks || files.data.size() == disk->size(),
+            "after close: the data file is not as long as the disk");
+    require(!Qcow2View::parse(files.image)->is_dirty(), "after close: dirty");
+    const CheckReport report = check_image(files.image);
     require(report.corruptions == 0 && report.check_errors == 0, "after close: corruptions");
     require(report.leaks == 0 || !without_leaks, "after close: leaks, without a crash");
   }
@@ -301,8 +351,11 @@ class CrashRun {
     FAIL_CHECK(scenario_.text() << ", state " << states_ << ", during " << request_ << ":\n  " << what);
   }
 
-  void save(const MemImage& crashed) const {
-    if (const char* path = std::getenv("IMG_SAVE")) crashed.save(path);
+  void save(const Files& crashed) const {
+    const char* path = std::getenv("IMG_SAVE");
+    if (path == nullptr) return;
+    crashed.image.save(path);
+    crashed.data.save(std::string(path) + ".data");
   }
 
   static constexpr uint64_t kQemuEvery = 70;
@@ -352,6 +405,22 @@ std::vector<Scenario> scenarios() {
     all.push_back({4096, 16, 3, start, 2, "zlib", false, true});
   }
   for (int i = 0; i < 4; ++i) all.push_back({512, 64, 3, Start::crowded, 1, {}, false, true});
+  for (const uint32_t cluster_size : {512u, 4096u, 16384u, 65536u, 2097152u}) {
+    Scenario scenario{cluster_size, 16, 3, Start::empty, cluster_size <= 65536 ? 3u : 1u};
+    for (const bool extended : {false, true}) {
+      scenario.extended_l2 = extended;
+      if (extended && cluster_size < 16384) continue;
+      for (const DataFile kind : {DataFile::plain, DataFile::raw}) {
+        scenario.data_file = kind;
+        all.push_back(scenario);
+      }
+      scenario.start = Start::backing;
+      scenario.data_file = DataFile::plain;
+      all.push_back(scenario);
+      scenario.start = Start::empty;
+      scenario.lazy_refcounts = !scenario.lazy_refcounts;
+    }
+  }
   if (!have_qemu_img())
     std::erase_if(all, [](const Scenario& s) { return s.start == Start::snapshot || s.start == Start::compressed; });
   return all;

@@ -23,6 +23,9 @@ qemu-img snapshot -c two snapshots.qcow2
 create bitmap.qcow2 -o cluster_size=512 bitmap.qcow2 64k
 qemu-img bitmap --add -g 512 bitmap.qcow2 dirty
 io bitmap.qcow2 "write 1k 1k"
+create external.qcow2 -o cluster_size=512,data_file=external.raw,data_file_raw=on external.qcow2 64k
+io external.qcow2 "write -z 1k 2k"
+rm external.raw
 seq 1 500 > text
 qemu-img convert -f raw -O qcow2 -c -o cluster_size=512 text zlib.qcow2
 qemu-img convert -f raw -O qcow2 -c -o cluster_size=512,compression_type=zstd text zstd.qcow2

@@ -61,7 +61,10 @@ class Stress {
     memory_ = std::make_shared<MemStorage>(make_qcow2(spec_));
     std::shared_ptr<Storage> storage = memory_;
     if (watched) storage = std::make_shared<OrderStorage>(memory_);
-    disk_ = must(open_qcow2(storage, {.metadata_cache = 1, .backing = backing_}));
+    MemImage data;
+    data.resize(spec.size);
+    disk_ = must(open_qcow2(
+        storage, {.metadata_cache = 1, .backing = backing_, .data = std::make_shared<MemStorage>(std::move(data))}));
     expected_.resize(spec.size / kSector);
     if (with_backing)
       for (auto& generation : expected_) generation = {kThreads, 0};
@@ -307,6 +310,14 @@ TEST_CASE("qcow2: threads do not disturb each other while counts are postponed")
 
 TEST_CASE("qcow2: snapshots come and go beside threads that write while counts are postponed") {
   stress_snapshots({.size = 3_MiB, .cluster_size = 4096, .lazy_refcounts = true});
+}
+
+TEST_CASE("qcow2: threads do not disturb each other in a data file") {
+  Qcow2Spec spec{.size = 6_MiB, .cluster_size = 4096};
+  spec.data_file = true;
+  stress(spec, true);
+  spec.data_file_raw = true;
+  stress(spec, false);
 }
 
 }  // namespace
