@@ -13,6 +13,12 @@ Buffer Buffer::zeroed(size_t size) {
   return buffer;
 }
 
+Bytes scratch(size_t size) {
+  thread_local Buffer buffer;
+  buffer.reserve(size);
+  return buffer.bytes().first(size);
+}
+
 ConstBytes zeroes(size_t length) {
   assert(length <= kZeroesSize);
   // Never written, so all its pages are the host's one zero page.

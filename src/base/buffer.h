@@ -42,6 +42,9 @@ class Buffer {
   size_t size_ = 0;
 };
 
+/// Scratch memory of the calling thread, `size` bytes; the next call's.
+Bytes scratch(size_t size);
+
 /// A read-only stretch of zeros, at most kZeroesSize long. Longer fills repeat it.
 inline constexpr size_t kZeroesSize = size_t{2} << 20;
 ConstBytes zeroes(size_t length);

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <cassert>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -153,6 +154,11 @@ class ConditionVariable {
   template <class L>
   void wait(L& lock) NO_THREAD_SAFETY_ANALYSIS {
     condition_.wait(lock);
+  }
+  /// Until notified, or until then; it may return for no reason.
+  template <class L>
+  void wait_until(L& lock, std::chrono::steady_clock::time_point deadline) NO_THREAD_SAFETY_ANALYSIS {
+    condition_.wait_until(lock, deadline);
   }
   void notify_one() { condition_.notify_one(); }
   void notify_all() { condition_.notify_all(); }

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 
+#include "core/backing.h"
 #include "imgfuse/amend.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
@@ -17,14 +17,6 @@
 namespace imgfuse {
 
 class ClusterCache;
-
-/// Opens a file that an image names as its backing file, read-only. Called during open only.
-using BackingOpener =
-    std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
-
-/// Opens the external data file of an image, for writing if the image is. Called during open only, before
-/// BackingOpener.
-using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std::optional<std::string>& name)>;
 
 struct FormatOpenParameters {
   bool read_only = false;
@@ -47,13 +39,15 @@ struct Format {
   Result<ImageInfo> (*info)(Storage&);
   Result<> (*amend)(std::shared_ptr<Storage>, const AmendOptions&, BackingOpener);
   Result<> (*change_backing)(Storage&, const std::string& name, const std::optional<std::string>& format);
+  /// Where an image of this format records no format of its backing file, that file is not raw, and may be probed.
+  bool probes_backing = false;
 };
 
 /// Fails with `unsupported` for names of formats that exist elsewhere, with `invalid` for others.
 Result<const Format*> format_by_name(std::string_view name);
 
-/// Looks at the first bytes: qcow2 or else raw. Fails with `unsupported` if they belong to a format that imgfuse does
-/// not read, since presenting such a file as a raw disk invites to destroy it.
+/// Looks at the first bytes: raw if they belong to no other format. Fails with `unsupported` if they belong to a format
+/// that imgfuse does not read, since presenting such a file as a raw disk invites to destroy it.
 Result<const Format*> probe_format(Storage& storage);
 
 }  // namespace imgfuse

@@ -10,11 +10,6 @@
 namespace imgfuse::qcow2 {
 namespace {
 
-Result<> check_backing_format(const std::string& format) {
-  if (format == "raw" || format == "qcow2") return {};
-  return fail(ErrorCode::invalid, "backing format {:?} is neither raw nor qcow2", format);
-}
-
 /// The header to change. Its unknown autoclear bits go, as at every change by somebody who does not know them.
 Result<Header> header_to_change(Storage& storage) {
   IMG_LET(Header header, read_header(storage, Purpose::write));

@@ -210,8 +210,7 @@ Result<> check_backing(const CreateOptions& options) {
   if (!options.backing_format)
     return fail(ErrorCode::invalid, "the format of backing file {} is not given; it is never guessed",
                 *options.backing_file);
-  if (*options.backing_format != "raw" && *options.backing_format != "qcow2")
-    return fail(ErrorCode::invalid, "backing format {} is neither raw nor qcow2", *options.backing_format);
+  IMG_TRY(check_backing_format(*options.backing_format));
   if (options.preallocation != Preallocation::off && !options.extended_l2)
     return fail(ErrorCode::invalid,
                 "preallocation would hide the backing file; give one of the two, or extended L2 entries");
@@ -242,6 +241,7 @@ Result<> check_create_options(const CreateOptions& options) {
   if (options.extended_l2 && options.cluster_size < 16_KiB)
     return fail(ErrorCode::invalid, "extended L2 entries need clusters of 16 KiB or more, not {} bytes",
                 options.cluster_size);
+  if (options.table_size) return fail(ErrorCode::invalid, "a qcow2 image has no table size; QED has");
   IMG_TRY(check_version_2(options));
   IMG_TRY(check_backing(options));
   IMG_TRY(check_data_file(options));

@@ -1,11 +1,11 @@
 // The qcow2 driver's doors: open, create, check, info. Nothing else of it is seen from outside.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 
+#include "core/backing.h"
 #include "imgfuse/amend.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
@@ -17,13 +17,6 @@ class ClusterCache;
 }
 
 namespace imgfuse::qcow2 {
-
-/// Opens a file that the image names as its backing file, read-only.
-using BackingOpener =
-    std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
-
-/// Opens the image's external data file, for writing if the image is. The name is missing where the image has none.
-using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std::optional<std::string>& name)>;
 
 struct OpenParameters {
   bool read_only = false;

@@ -7,15 +7,10 @@
 #include "base/buffer.h"
 #include "base/endian.h"
 #include "base/log.h"
+#include "core/extent_list.h"
 #include "format/qcow2/data_file.h"
 
 namespace imgfuse::qcow2 {
-namespace {
-
-constexpr unsigned kMaxMapLookups = 4096;
-
-}  // namespace
-
 Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters)
     : storage_(std::move(storage)),
       data_(storage_),
@@ -120,7 +115,7 @@ Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
         break;
       case ClusterKind::reserved:
       case ClusterKind::unallocated:
-        IMG_TRY(read_backing(offset, part));
+        IMG_TRY(read_below(backing_.get(), backing_size_, offset, part));
         break;
       case ClusterKind::compressed:
         IMG_TRY(read_compressed(run, offset, part));
@@ -130,13 +125,6 @@ Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
     out = out.subspan(run.length);
   }
   return {};
-}
-
-/// The backing file may be shorter: zeros past its end.
-Result<> Qcow2Disk::read_backing(GuestOffset offset, Bytes out) {
-  const uint64_t there = offset.bytes() < backing_size_ ? std::min(out.size(), backing_size_ - offset.bytes()) : 0;
-  if (there < out.size()) std::memset(out.data() + there, 0, out.size() - there);
-  return there == 0 ? Result<>{} : backing_->read(offset, out.first(there));
 }
 
 bool Qcow2Disk::reads_zero(const Mapping& mapping, GuestRange range) const {
@@ -157,23 +145,9 @@ bool Qcow2Disk::reads_zero(const Mapping& mapping, GuestRange range) const {
 // ---- Map
 
 Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_extents) {
-  std::vector<Extent> extents;
-  const auto append = [&](const Extent& next) {
-    if (!extents.empty()) {
-      Extent& last = extents.back();
-      const bool same = last.kind == next.kind && last.depth == next.depth && last.compressed == next.compressed &&
-                        last.allocated == next.allocated && last.has_host_offset == next.has_host_offset &&
-                        (!next.has_host_offset || last.host + last.range.length == next.host);
-      if (same) {
-        last.range.length += next.range.length;
-        return;
-      }
-    }
-    extents.push_back(next);
-  };
+  ExtentList extents(max_extents);
   // No lease: the answer may be out of date when it arrives in any case, and nothing is read but tables.
-  // Neighbours merge, so the number of extents does not bound the work.
-  for (unsigned lookups = 0; !range.empty() && extents.size() <= max_extents && lookups < kMaxMapLookups; ++lookups) {
+  while (!range.empty() && extents.wants_more()) {
     IMG_LET(const Mapping run, map_.lookup(range));
     GuestRange part{range.begin, run.length};
     Extent extent{.range = part};
@@ -199,12 +173,7 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
       case ClusterKind::unallocated:
         if (part.begin.bytes() < backing_size_) {
           part.length = std::min(part.length, backing_size_ - part.begin.bytes());
-          IMG_LET(const std::vector<Extent> below, backing_->map(part, max_extents));
-          for (Extent deeper : below) {
-            ++deeper.depth;
-            append(deeper);
-          }
-          const uint64_t covered = below.back().range.end() - part.begin;
+          IMG_LET(const uint64_t covered, extents.append_below(*backing_, part));
           range = {range.begin + covered, range.length - covered};
           continue;
         }
@@ -212,11 +181,10 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
         extent.host = run.host;
         break;
     }
-    append(extent);
+    extents.append(extent);
     range = {range.begin + part.length, range.length - part.length};
   }
-  if (extents.size() > max_extents) extents.resize(max_extents);
-  return extents;
+  return extents.take();
 }
 
 /// Entries say nothing of the space that a data file has.

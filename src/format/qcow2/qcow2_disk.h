@@ -66,7 +66,6 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   // All of these expect a lease on the range.
   Result<> read_range(GuestOffset offset, Bytes out);
-  Result<> read_backing(GuestOffset offset, Bytes out);
   Result<> read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out);
   Result<> read_stream(CompressedRange stream, Bytes cluster);
   Result<> write_runs(GuestOffset offset, ConstBytes data);

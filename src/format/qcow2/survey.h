@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "format/qcow2/findings.h"
+#include "core/findings.h"
 #include "format/qcow2/header.h"
 #include "format/qcow2/reference_counts.h"
 #include "format/qcow2/snapshot_table.h"

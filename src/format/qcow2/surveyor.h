@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "core/findings.h"
 #include "format/qcow2/entry_rules.h"
-#include "format/qcow2/findings.h"
 #include "format/qcow2/survey.h"
 
 namespace imgfuse::qcow2 {

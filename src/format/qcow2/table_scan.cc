@@ -3,55 +3,16 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/buffer.h"
-
 namespace imgfuse::qcow2 {
-namespace {
-
-constexpr uint64_t kLongestEntry = 16;
-constexpr uint64_t kPieceBytes = uint64_t{256} << 10;
-
-/// The data at the front of `range`, at most one piece of it; or a hole that is skipped.
-Result<StorageExtent> front_of(Storage& storage, HostRange range) {
-  IMG_LET(StorageExtent extent, storage.extent(range));
-  extent.length = std::min(extent.length, range.length);
-  // Holes begin and end between entries, as hosts have them in blocks. Should one not, read all.
-  if (extent.length < range.length && extent.length % kLongestEntry != 0) extent.length = 0;
-  if (extent.length == 0) extent = {range.length, true};
-  if (extent.data) extent.length = std::min(extent.length, kPieceBytes);
-  return extent;
-}
-
-Result<> edit_piece(Storage& storage, HostRange piece, uint64_t first,
-                    const std::function<Result<bool>(uint64_t first, Entries)>& visit) {
-  Buffer buffer(piece.length);
-  IMG_TRY(storage.read(piece.begin, buffer.bytes()));
-  IMG_LET(const bool changed, visit(first, Entries(reinterpret_cast<be<uint64_t>*>(buffer.data()), piece.length / 8)));
-  if (changed) IMG_TRY(storage.write(piece.begin, buffer.bytes()));
-  return {};
-}
-
-}  // namespace
 
 Result<> edit_table(Storage& storage, HostRange range,
                     const std::function<Result<bool>(uint64_t first, Entries)>& visit) {
-  uint64_t done = 0;
-  while (done < range.length) {
-    const HostRange rest{range.begin + done, range.length - done};
-    IMG_LET(const StorageExtent extent, front_of(storage, rest));
-    if (extent.data) {
-      IMG_TRY(edit_piece(storage, {rest.begin, extent.length}, done / 8, visit));
-    }
-    done += extent.length;
-  }
-  return {};
+  return imgfuse::edit_table<std::endian::big>(storage, range, TableHoles::skipped, visit);
 }
 
 Result<> edit_whole_table(Storage& storage, HostRange range,
                           const std::function<Result<bool>(uint64_t first, Entries)>& visit) {
-  for (uint64_t done = 0; done < range.length; done += kPieceBytes)
-    IMG_TRY(edit_piece(storage, {range.begin + done, std::min(range.length - done, kPieceBytes)}, done / 8, visit));
-  return {};
+  return imgfuse::edit_table<std::endian::big>(storage, range, TableHoles::shown, visit);
 }
 
 Result<> scan_table(Storage& storage, HostRange range, const std::function<Result<>(uint64_t first, Entries)>& visit) {

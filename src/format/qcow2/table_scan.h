@@ -1,4 +1,4 @@
-// Going through tables of 64-bit entries in bounded pieces, and through many tables that may overlap.
+// Going through tables of big-endian entries, and through many tables that may overlap.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/endian.h"
+#include "core/table_scan.h"
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
 #include "imgfuse/units.h"

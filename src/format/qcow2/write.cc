@@ -13,13 +13,6 @@ namespace {
 /// Longest piece of a zeroing or populating request that holds its lease at once.
 constexpr uint64_t kPiece = 256 << 20;
 
-/// Scratch memory of the calling thread, at least `size` bytes.
-Bytes scratch(size_t size) {
-  thread_local Buffer buffer;
-  buffer.reserve(size);
-  return buffer.bytes().first(size);
-}
-
 /// Each guest byte has its place in a data file.
 HostRange place_in_data_file(GuestRange range) { return {HostOffset(range.begin.bytes()), range.length}; }
 

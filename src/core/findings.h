@@ -8,7 +8,7 @@
 
 #include "imgfuse/check.h"
 
-namespace imgfuse::qcow2 {
+namespace imgfuse {
 
 /// Counts findings into a report and tells the first of them to a sink, one line each: an image may have millions.
 class Findings {
@@ -48,4 +48,4 @@ class Findings {
   uint64_t lines_ = 0;
 };
 
-}  // namespace imgfuse::qcow2
+}  // namespace imgfuse

@@ -1,0 +1,39 @@
+// What formats whose images name other files have in common.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "imgfuse/disk.h"
+#include "imgfuse/error.h"
+#include "imgfuse/storage.h"
+
+namespace imgfuse {
+
+/// Opens a file that an image names as its backing file, read-only. Called during open only; may give null, where the
+/// chain is to end.
+using BackingOpener =
+    std::function<Result<std::unique_ptr<Disk>>(const std::string& name, const std::optional<std::string>& format)>;
+
+/// Opens the external data file of an image, for writing if the image is. Called during open only, before
+/// BackingOpener. The name is missing where the image has none.
+using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std::optional<std::string>& name)>;
+
+/// Formats that a backing file may have.
+inline Result<> check_backing_format(const std::string& format) {
+  if (format == "raw" || format == "qcow2" || format == "qed") return {};
+  return fail(ErrorCode::invalid, "backing format {:?} is none of raw, qcow2 and qed", format);
+}
+
+/// Reads from a backing file of `size` bytes, which may be null and shorter: zeros past its end.
+inline Result<> read_below(Disk* backing, uint64_t size, GuestOffset offset, Bytes out) {
+  const uint64_t there = offset.bytes() < size ? std::min(out.size(), size - offset.bytes()) : 0;
+  if (there < out.size()) std::memset(out.data() + there, 0, out.size() - there);
+  return there == 0 ? Result<>{} : backing->read(offset, out.first(there));
+}
+
+}  // namespace imgfuse
