@@ -12,7 +12,7 @@
 namespace imgfuse {
 
 struct CreateOptions {
-  std::string format = "qcow2";                  ///< "qcow2" or "raw"
+  std::string format = "qcow2";                  ///< "qcow2", "qed" or "raw"
   std::optional<uint64_t> size;                  ///< bytes, rounded up to 512; default: the backing file's
   std::optional<std::string> backing_file;       ///< stored as given; relative names mean the new image's directory
   std::optional<std::string> backing_format;     ///< required with backing_file
@@ -26,7 +26,8 @@ struct CreateOptions {
   bool data_file_raw = false;             ///< the data file alone equals the disk
   std::string compression_type = "zlib";  ///< "zlib" or "zstd"
   Preallocation preallocation = Preallocation::off;
-  bool durable = true;  ///< false: what is lost in a power cut can be made again
+  bool durable = true;                 ///< false: what is lost in a power cut can be made again
+  std::optional<uint32_t> table_size;  ///< QED: clusters per table, 1 to 16; default 4
 };
 
 /// Creates the image file, durable with its directory entry when this returns unless that is not asked for. Every

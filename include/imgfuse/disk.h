@@ -18,7 +18,7 @@ class Snapshots;
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
 struct DiskInfo {
   std::string name;           ///< the image's path, for messages
-  std::string format;         ///< "raw", "qcow2"
+  std::string format;         ///< "raw", "qcow2", "qed"
   uint64_t size = 0;          ///< virtual size in bytes
   uint32_t cluster_size = 0;  ///< unit of allocation in bytes, a power of two; raw: 4096
   bool read_only = true;

@@ -5,6 +5,7 @@
 
 #include "format/magic.h"
 #include "format/qcow2/qcow2.h"
+#include "format/qed/qed.h"
 #include "format/raw/raw.h"
 
 namespace imgfuse {
@@ -28,6 +29,16 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, Forma
                                           .open_data_file = std::move(parameters.open_data_file)});
 }
 
+Result<std::unique_ptr<Disk>> open_qed(std::shared_ptr<Storage> storage, FormatOpenParameters parameters) {
+  if (parameters.snapshot) return fail(ErrorCode::invalid, "a QED image has no snapshots");
+  if (parameters.compress)
+    return fail(ErrorCode::unsupported,
+                "a QED image has no compressed clusters; copy the disk with imgfuse convert -c -O qcow2");
+  return qed::open(std::move(storage), {.read_only = parameters.read_only,
+                                        .metadata_cache = parameters.metadata_cache,
+                                        .open_backing = std::move(parameters.open_backing)});
+}
+
 Result<CheckReport> check_raw(Storage&, Repair, const CheckSink&) {
   return fail(ErrorCode::unsupported, "a raw image has nothing that could be checked");
 }
@@ -45,10 +56,12 @@ constexpr std::array kFormats = {
            change_backing_of_raw},
     Format{"qcow2", open_qcow2, qcow2::check_create_options, qcow2::create, qcow2::check, qcow2::info, qcow2::amend,
            qcow2::change_backing},
+    Format{"qed", open_qed, qed::check_create_options, qed::create, qed::check, qed::info, qed::amend,
+           qed::change_backing, true},
 };
 
-constexpr std::array<std::string_view, 14> kForeignFormats = {
-    "qcow", "qed", "fvd", "vmdk", "vhdx", "vpc", "vhd", "vdi", "luks", "parallels", "bochs", "cloop", "dmg", "vvfat"};
+constexpr std::array<std::string_view, 13> kForeignFormats = {
+    "qcow", "fvd", "vmdk", "vhdx", "vpc", "vhd", "vdi", "luks", "parallels", "bochs", "cloop", "dmg", "vvfat"};
 
 const Format* find(std::string_view name) {
   for (const Format& format : kFormats)
@@ -61,8 +74,8 @@ const Format* find(std::string_view name) {
 Result<const Format*> format_by_name(std::string_view name) {
   if (const Format* format = find(name)) return format;
   if (std::find(kForeignFormats.begin(), kForeignFormats.end(), name) != kForeignFormats.end())
-    return fail(ErrorCode::unsupported, "format {} is not implemented; raw and qcow2 are", name);
-  return fail(ErrorCode::invalid, "format {:?} is not known; raw and qcow2 are", name);
+    return fail(ErrorCode::unsupported, "format {} is not implemented; raw, qcow2 and qed are", name);
+  return fail(ErrorCode::invalid, "format {:?} is not known; raw, qcow2 and qed are", name);
 }
 
 Result<const Format*> probe_format(Storage& storage) {

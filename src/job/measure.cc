@@ -110,14 +110,42 @@ Result<Measurement> measure_qcow2(Disk* source, uint64_t size, const CreateOptio
   return measurement;
 }
 
+/// Header, L1 table, and the L2 tables of stretches that hold data.
+Result<Measurement> measure_qed(Disk* source, uint64_t size, const CreateOptions& target) {
+  const uint64_t cluster = target.cluster_size;
+  const uint32_t table_size = target.table_size.value_or(4);
+  if (!is_power_of_two(cluster) || cluster < 4_KiB || cluster > 64_MiB || !is_power_of_two(table_size) ||
+      table_size > 16)
+    return fail(ErrorCode::invalid, "there are no QED images with clusters of {} bytes and {} of them to a table",
+                cluster, table_size);
+  const uint64_t table = cluster * table_size;
+  const uint64_t coverage = table / 8 * cluster;
+  if (size > uint64_t{INT64_MAX} - table || size / coverage >= table / 8)
+    return fail(ErrorCode::invalid,
+                "a disk of {} bytes is too large for clusters of {} bytes and {} of them to a table", size, cluster,
+                table_size);
+  const uint64_t header = cluster + table;
+  const uint64_t all = round_up(size, cluster);
+  Measurement measurement{.required = header, .fully_allocated = header + divide_up(size, coverage) * table + all};
+  if (source && target.backing_file) {
+    measurement.required = measurement.fully_allocated;
+  } else if (source) {
+    IMG_LET(const uint64_t clusters, data_clusters(*source, cluster));
+    IMG_LET(const uint64_t tables, data_clusters(*source, coverage));
+    measurement.required += clusters * cluster + tables * table;
+  }
+  return measurement;
+}
+
 }  // namespace
 
 Result<Measurement> measure(Disk* source, const CreateOptions& target) {
   if (!source && !target.size) return fail(ErrorCode::invalid, "neither an image nor a size is given");
   const uint64_t size = source ? source->size() : *target.size;
   if (target.format == "qcow2") return measure_qcow2(source, size, target);
+  if (target.format == "qed") return measure_qed(source, size, target);
   if (target.format != "raw")
-    return fail(ErrorCode::unsupported, "format {} cannot be measured; raw and qcow2 can", target.format);
+    return fail(ErrorCode::unsupported, "format {} cannot be measured; raw, qcow2 and qed can", target.format);
   // Holes count: a raw file is as long as its disk.
   return Measurement{.required = round_up(size, kSector), .fully_allocated = round_up(size, kSector), .bitmaps = {}};
 }

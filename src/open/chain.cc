@@ -85,20 +85,22 @@ Result<> Chain::check_end_reached() const {
   return fail(ErrorCode::invalid, "{} is not in its backing chain", *options_.chain_end);
 }
 
-/// Never probed: the first bytes of a raw backing file are the guest's to choose.
-Result<const Format*> Chain::recorded_format(const std::optional<std::string>& format) const {
+/// Not probed where it might be raw: the first bytes of a raw backing file are the guest's to choose. Null if the image
+/// says that it is something else.
+Result<const Format*> Chain::recorded_format(const std::optional<std::string>& format, bool probes) const {
   if (format) return format_by_name(*format);
   if (options_.backing_format) return format_by_name(*options_.backing_format);
+  if (probes) return nullptr;
   return fail(ErrorCode::invalid,
-              "the image that names it does not record its format; give it with --backing-format raw or qcow2");
+              "the image that names it does not record its format; give it with --backing-format raw, qcow2 or qed");
 }
 
 Result<Layer> Chain::open_named(const std::string& naming_path, const std::string& name,
-                                const std::optional<std::string>& format) {
+                                const std::optional<std::string>& format, bool probes) {
   if (files_.size() > kMaxChainDepth)
     return fail(ErrorCode::unsupported, "the chain has more than {} backing files", kMaxChainDepth);
   Layer layer{.path = resolve_name(naming_path, name)};
-  IMG_LET(layer.format, recorded_format(format));
+  IMG_LET(layer.format, recorded_format(format, probes));
   IMG_LET(UniqueFd fd, policy_.open(name, naming_path));
 
   IMG_LET(const FileId file, file_id(fd.get()));
@@ -107,6 +109,13 @@ Result<Layer> Chain::open_named(const std::string& naming_path, const std::strin
   files_.push_back(file);
   IMG_LET(layer.storage,
           FileStorage::adopt(std::move(fd), layer.path, {.cache = options_.cache, .lock = lock_role(options_, false)}));
+  if (!layer.format) {
+    IMG_LET(layer.format, probe_format(*layer.storage));
+    if (layer.format->name == "raw")
+      return fail(ErrorCode::denied,
+                  "it looks like a raw disk, but the image that names it says that it is not; if it is one, add "
+                  "--backing-format raw");
+  }
   return layer;
 }
 
@@ -128,7 +137,7 @@ Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_onl
   FormatOpenParameters parameters{
       .read_only = read_only, .probed = layer.probed, .metadata_cache = metadata_cache(), .snapshot = layer.snapshot};
   parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
-    return open_backing(layer.path, name, format);
+    return open_backing(layer.path, name, format, layer.format->probes_backing);
   };
   parameters.open_data_file = [this, &layer, read_only](const std::optional<std::string>& name) {
     return open_data_file(layer, name, read_only);
@@ -169,13 +178,13 @@ Result<std::shared_ptr<Storage>> Chain::open_data_file(const Layer& layer, const
 }
 
 Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path, const std::string& name,
-                                                  const std::optional<std::string>& format) {
+                                                  const std::optional<std::string>& format, bool probes) {
   const std::string path = resolve_name(naming_path, name);
   if (end_) {
     IMG_LET(const bool reached, is_end(naming_path, name));
     if (reached) return nullptr;
   }
-  auto layer = open_named(naming_path, name, format);
+  auto layer = open_named(naming_path, name, format, probes);
   if (!layer) return fail(locate(layer.error(), "backing", path));
   auto disk = open_disk(*layer, true);
   if (!disk) return fail(locate(disk.error(), "backing", path));

@@ -41,14 +41,14 @@ class Chain {
   Result<> find_end();
   Result<> check_end_reached() const;
 
-  /// Opens the file that the image at `naming_path` names, read-only.
+  /// Opens the file that an image names, read-only. `probes`: see Format::probes_backing.
   Result<Layer> open_named(const std::string& naming_path, const std::string& name,
-                           const std::optional<std::string>& format);
+                           const std::optional<std::string>& format, bool probes = false);
   /// Makes a disk of a layer, with everything below it.
   Result<std::unique_ptr<Disk>> open_disk(const Layer& layer, bool read_only);
   /// Both in one. Null at the chain's end.
   Result<std::unique_ptr<Disk>> open_backing(const std::string& naming_path, const std::string& name,
-                                             const std::optional<std::string>& format);
+                                             const std::optional<std::string>& format, bool probes = false);
 
  private:
   Chain(PathPolicy policy, const OpenOptions& options) : policy_(std::move(policy)), options_(options) {
@@ -57,7 +57,7 @@ class Chain {
 
   Result<std::shared_ptr<Storage>> open_data_file(const Layer& layer, const std::optional<std::string>& name,
                                                   bool read_only);
-  Result<const Format*> recorded_format(const std::optional<std::string>& format) const;
+  Result<const Format*> recorded_format(const std::optional<std::string>& format, bool probes) const;
   Result<bool> is_end(const std::string& naming_path, const std::string& name);
   uint64_t metadata_cache() const;
   Error locate(Error error, const char* what, const std::string& path);

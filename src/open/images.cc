@@ -36,7 +36,7 @@ Result<std::vector<ImageInfo>> walk_chain(const std::string& path, const OpenOpt
     infos.push_back(std::move(info));
     const ImageInfo& top = infos.back();
     if (!top.backing_filename) return infos;
-    auto next = chain.open_named(layer.path, *top.backing_filename, top.backing_format);
+    auto next = chain.open_named(layer.path, *top.backing_filename, top.backing_format, layer.format->probes_backing);
     if (!next) return fail(next.error().during("backing file {}", printable(*top.full_backing_filename)));
     layer = std::move(*next);
   }
@@ -196,7 +196,7 @@ Result<NewFile> create_data_file(const std::string& image_path, const Chain& cha
 Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_LET(const Format* format, format_by_name(options.format));
   if (options.backing_file && !options.backing_format)
-    return fail(ErrorCode::invalid, "a backing file needs its format, raw or qcow2: add --backing-format");
+    return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2 or qed: add --backing-format");
   IMG_LET(Chain chain, Chain::below(path, {.allowed_directories = options.allowed_directories}));
 
   // The backing chain stays open, and so locked, until the new image stands.

@@ -28,6 +28,13 @@ Result<uint32_t> find_base(const Request& request, const std::vector<ImageInfo>&
   return fail(ErrorCode::not_found, "{} is not in the backing chain of {}", *request.base, request.image);
 }
 
+/// A format that cannot take clusters back keeps what the base holds too.
+Result<> empty(Disk& overlay) {
+  Result<> emptied = overlay.forget({GuestOffset(0), overlay.size()});
+  if (!emptied && emptied.error().code() == ErrorCode::unsupported) return {};
+  return emptied;
+}
+
 Result<> commit_image(const Request& request, Io& io) {
   OpenOptions look = request.options;
   look.read_only = true;
@@ -50,7 +57,7 @@ Result<> commit_image(const Request& request, Io& io) {
   }
   IMG_TRY(base.close());
   // With images in between, which do not hold what the base does now, the overlay alone stays right.
-  if (!request.keep && !request.base) IMG_TRY(overlay->forget({GuestOffset(0), overlay->size()}));
+  if (!request.keep && !request.base) IMG_TRY(empty(*overlay));
   return overlay.close();
 }
 

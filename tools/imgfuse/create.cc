@@ -29,7 +29,7 @@ int run_create(Io& io, Arguments args) {
   app.add_option_function<std::string>(
       "SIZE", [&](const std::string& size) { keys.emplace_back("size", size); },
       "Virtual size, as 10G; default: the backing file's");
-  app.add_option("-f,--format", options.format, "qcow2 (default) or raw");
+  app.add_option("-f,--format", options.format, "qcow2 (default), qed or raw");
   app.add_option("-o", lists, "Options as key=value,...; \"-o help\" lists them")->allow_extra_args(false);
   add_key(app, keys, "-b,--backing", "backing_file", "File that unallocated clusters are read from");
   add_key(app, keys, "-F,--backing-format", "backing_fmt", "Format of the backing file; required with -b");
@@ -38,6 +38,7 @@ int run_create(Io& io, Arguments args) {
   add_key(app, keys, "--refcount-bits", "refcount_bits", "1, 2, 4, 8, 16, 32 or 64 (16)");
   add_key(app, keys, "--compression-type", "compression_type", "zlib or zstd (zlib)");
   add_key(app, keys, "--data-file", "data_file", "File that the disk's data lies in; made, or emptied");
+  add_key(app, keys, "--table-size", "table_size", "QED: clusters per table, 2 to 16 (4)");
   add_key(app, keys, "--preallocation", "preallocation", "off, metadata, falloc or full (off)");
   app.add_flag("--lazy-refcounts", options.lazy_refcounts, "Allow reference counts to be postponed");
   app.add_flag("--extended-l2", options.extended_l2, "32 subclusters per cluster, of 16k or more");

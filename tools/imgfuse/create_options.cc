@@ -24,7 +24,7 @@ const char* const kCreateOptionList =
     "  size=SIZE            virtual size\n"
     "  backing_file=FILE    file that unallocated clusters are read from\n"
     "  backing_fmt=FORMAT   its format\n"
-    "  cluster_size=SIZE    unit of allocation, 512 to 2M (64k)\n"
+    "  cluster_size=SIZE    unit of allocation (64k): 512 to 2M, qed 4k to 64M\n"
     "  compat=0.10|1.1      qcow2 version 2 or 3 (1.1)\n"
     "  refcount_bits=N      1, 2, 4, 8, 16, 32 or 64 (16)\n"
     "  lazy_refcounts=on    allow reference counts to be postponed (off)\n"
@@ -32,6 +32,7 @@ const char* const kCreateOptionList =
     "  extended_l2=on       32 subclusters per cluster, of 16k or more (off)\n"
     "  data_file=FILE       file that the disk's data lies in\n"
     "  data_file_raw=on     the data file alone equals the disk (off)\n"
+    "  table_size=N         qed: clusters per table, 2 to 16 (4)\n"
     "  preallocation=MODE   off, metadata, falloc or full (off)\n";
 
 Result<bool> parse_switch(std::string_view name, std::string_view text) {
@@ -71,6 +72,8 @@ Result<> set_create_option(CreateOptions& options, std::string_view key, const s
     options.data_file = value;
   } else if (key == "data_file_raw") {
     IMG_LET(options.data_file_raw, parse_switch(key, value));
+  } else if (key == "table_size") {
+    IMG_LET(options.table_size, parse_small_size(key, value));
   } else if (key == "preallocation") {
     IMG_LET(options.preallocation, parse_preallocation(value));
   } else {

@@ -183,7 +183,7 @@ int usage_error(Io& io, const Error& error) {
 }
 
 void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::string>& lists) {
-  app.add_option("IMAGE", request.image, "A qcow2 or raw image")->required();
+  app.add_option("IMAGE", request.image, "A qcow2, qed or raw image")->required();
   app.add_option("MOUNTPOINT", request.mountpoint, "A file that becomes the disk, or a directory that shows disk.raw")
       ->required();
   app.add_flag("-f,--foreground", request.foreground, "Stay in the foreground; the exit status tells how closing went");

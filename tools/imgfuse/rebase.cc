@@ -24,7 +24,7 @@ struct Request {
 
 Result<> check(const Request& request) {
   if (request.backing.empty() || request.backing_format) return {};
-  return fail(ErrorCode::invalid, "a backing file needs its format, raw or qcow2: add --backing-format");
+  return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2 or qed: add --backing-format");
 }
 
 /// The new backing file, read-only, with its own chain. It must not stand on the image itself.
@@ -60,7 +60,7 @@ Result<> rebase(const Request& request, Io& io) {
   OpenOptions look = request.options;
   look.read_only = true;
   IMG_LET(const ImageInfo info, image_info(request.image, look));
-  if (info.format != "qcow2")
+  if (info.format == "raw")
     return fail(ErrorCode::unsupported, "{} is {}, which has no backing file", request.image, info.format);
   if (info.qcow2->data_file_raw && !request.backing.empty())
     return fail(ErrorCode::unsupported,
@@ -85,7 +85,7 @@ int run_rebase(Io& io, Arguments args) {
       ->required();
   app.add_option_function<std::string>(
       "-F,--backing-format", [&](const std::string& name) { request.backing_format = name; },
-      "Its format, raw or qcow2");
+      "Its format: raw, qcow2 or qed");
   app.add_flag("-u,--unsafe", request.unsafe,
                "Change the name only, without looking at either file: for one that was moved or renamed");
   app.add_option_function<std::string>(

@@ -16,7 +16,7 @@ Result<> check_preallocation(Preallocation preallocation) {
 
 Result<> check_create_options(const CreateOptions& options) {
   if (options.backing_file || options.backing_format)
-    return fail(ErrorCode::invalid, "a raw image has no backing file; qcow2 can have one");
+    return fail(ErrorCode::invalid, "a raw image has no backing file; qcow2 and QED can have one");
   if (options.data_file || options.data_file_raw)
     return fail(ErrorCode::invalid, "a raw image has no data file beside it; qcow2 can have one");
   IMG_TRY(check_preallocation(options.preallocation));
