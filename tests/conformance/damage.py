@@ -13,11 +13,11 @@ ALL_ZERO = 0xffffffff << 32
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def made(folder, name, options, commands, size='2M', backing=None):
-    image = folder / (name + '.qcow2')
+def made(folder, name, options, commands, size='2M', backing=None, format='qcow2'):
+    image = folder / (name + '.' + format)
     below = ['-b', backing, '-F', 'raw'] if backing else []
-    run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', options, *below, image, size)
-    out = run('qemu-io', '-f', 'qcow2', image, input='\n'.join(commands) + '\nquit\n', cwd=folder)
+    run('qemu-img', 'create', '-q', '-f', format, '-o', options, *below, image, size)
+    out = run('qemu-io', '-f', format, image, input='\n'.join(commands) + '\nquit\n', cwd=folder)
     assert 'rror' not in out and 'failed' not in out, out
     return image
 

@@ -22,7 +22,10 @@ namespace {
 class Exercise {
  public:
   Exercise(std::string path, uint64_t seed, std::optional<std::string> compress)
-      : path_(std::move(path)), rng_(seed), compress_(std::move(compress)) {}
+      : path_(std::move(path)),
+        format_(path_.ends_with(".qed") ? "qed" : "qcow2"),
+        rng_(seed),
+        compress_(std::move(compress)) {}
 
   /// Leaves what the disk read as before and after in IMAGE.before and IMAGE.after, and what the snapshot held whose id
   /// is returned ("-": there is none) in IMAGE.snapshot.
@@ -47,10 +50,11 @@ class Exercise {
 
  private:
   void look() {
-    auto disk = must(open_disk(path_, {.read_only = true, .format = "qcow2"}));
+    auto disk = must(open_disk(path_, {.read_only = true, .format = format_}));
     disk_content_ = content(*disk);
     snapshots_.clear();
-    for (const SnapshotInfo& snapshot : must(disk->snapshots()->list())) {
+    for (const SnapshotInfo& snapshot :
+         disk->snapshots() ? must(disk->snapshots()->list()) : std::vector<SnapshotInfo>{}) {
       auto held = must(disk->snapshots()->open(snapshot.id));
       snapshots_[snapshot.id] = content(*held);
       must(held->close());
@@ -60,7 +64,7 @@ class Exercise {
 
   void change(const std::optional<std::string>& compress) {
     note(fmt::format("open{}", compress ? ", compress=" + *compress : ""));
-    auto disk = must(open_disk(path_, {.format = "qcow2",
+    auto disk = must(open_disk(path_, {.format = format_,
                                        .cache = CacheMode::unsafe,
                                        .compress = compress,
                                        .compressed_cache = rng_.one_in(3) ? 0u : 256_KiB,
@@ -69,7 +73,7 @@ class Exercise {
     const auto bitmaps = disk->bitmaps() ? disk->bitmaps()->list() : std::vector<BitmapInfo>{};
     for (uint64_t bursts = rng_.between(1, 3); bursts > 0; --bursts) {
       make_requests(*disk);
-      if (rng_.one_in(2)) change_snapshots(*disk);
+      if (disk->snapshots() && rng_.one_in(2)) change_snapshots(*disk);
       if (rng_.one_in(4)) resize(*disk);
     }
     for (const BitmapInfo& bitmap : bitmaps)
@@ -178,6 +182,7 @@ class Exercise {
   }
 
   const std::string path_;
+  const std::string format_;
   Rng rng_;
   const std::optional<std::string> compress_;  // whole clusters that are written when it is opened again
   std::string requests_;

@@ -9,6 +9,8 @@ KiB, MiB = 1 << 10, 1 << 20
 @dataclass(frozen=True)
 class Spec:
     """One image: how it is made, not what is in it."""
+    format: str = 'qcow2'
+    table_size: int = 4  # of QED, in clusters
     version: int = 3
     cluster: int = 64 * KiB
     refcount_bits: int = 16
@@ -35,6 +37,8 @@ class Spec:
 
     @property
     def options(self):
+        if self.format == 'qed':
+            return 'cluster_size=%d,table_size=%d' % (self.cluster, self.table_size)
         options = ['compat=' + {2: '0.10', 3: '1.1'}[self.version], 'cluster_size=%d' % self.cluster]
         if self.refcount_bits != 16:
             options.append('refcount_bits=%d' % self.refcount_bits)
@@ -52,7 +56,9 @@ class Spec:
 
     @property
     def name(self):
-        parts = ['v%d' % self.version, 'cluster_' + short(self.cluster), 'refcount_%d' % self.refcount_bits]
+        parts = ['v%d' % self.version] if self.format == 'qcow2' else [self.format]
+        parts += ['cluster_' + short(self.cluster)]
+        parts += ['refcount_%d' % self.refcount_bits] if self.format == 'qcow2' else ['tables_%d' % self.table_size]
         parts += [self.compression] if self.compression != 'none' else []
         parts += ['on_%s_%s' % ('_'.join(self.backing), self.backing_size)] if self.backing else []
         parts += ['snapshots'] if self.snapshots else []
@@ -111,4 +117,25 @@ def matrix():
     specs += [Spec(data_file='plain', lazy_refcounts=True), Spec(data_file='plain', preallocation='metadata')]
     specs += [Spec(data_file='plain', extended_l2=x, backing=(f,), backing_size=s)
               for x, f, s in ((False, 'raw', 'longer'), (False, 'qcow2', 'shorter'), (True, 'qcow2', 'longer'))]
-    return list(dict.fromkeys(specs))
+    return list(dict.fromkeys(specs + list(qed_matrix())))
+
+
+def opens_in_qemu(cluster, table_size):
+    """QEMU computes the largest disk of a QED image modulo 2^64, and does not open tables of one cluster."""
+    return table_size > 1 and (cluster * table_size // 8) ** 2 * cluster < 1 << 64
+
+
+def qed_matrix():
+    qed = functools.partial(Spec, format='qed')
+    for cluster, table_size in product((4 * KiB << n for n in range(15)), (2, 4, 8, 16)):
+        if opens_in_qemu(cluster, table_size):
+            yield qed(cluster=cluster, table_size=table_size)
+    for cluster in (4 * KiB, 64 * KiB, 2 * MiB):
+        yield qed(cluster=cluster, odd_size=True)
+        for below, size in product(('raw', 'qcow2', 'qed'), ('equal', 'shorter', 'longer')):
+            yield qed(cluster=cluster, backing=(below,), backing_size=size)
+    for cluster, chain, size in product((4 * KiB, 64 * KiB), (('qed', 'qed', 'raw'), ('qcow2', 'qed', 'qcow2')),
+                                        ('equal', 'shorter', 'longer')):
+        yield qed(cluster=cluster, backing=chain, backing_size=size, odd_size=size == 'equal')
+    for cluster, size in product((4 * KiB, 64 * KiB), ('equal', 'shorter', 'longer')):
+        yield Spec(cluster=cluster, backing=('qed', 'raw'), backing_size=size)

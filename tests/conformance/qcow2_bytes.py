@@ -3,7 +3,8 @@
 It knows the format by itself, so that what imgfuse and QEMU say of an image can be held against a third opinion.
 """
 import zlib
-from pathlib import Path
+
+from image_bytes import ImageBytes
 
 COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
 OFFSETS = 0x00fffffffffffe00
@@ -19,35 +20,19 @@ FIELDS = {
 BITMAPS_EXTENSION, DATA_FILE_EXTENSION = 0x23852875, 0x44415441
 
 
-class Image:
+class Image(ImageBytes):
     """The bytes of an image. Offsets are host offsets unless they are called guest clusters."""
 
+    fields = FIELDS
+
     def __init__(self, path):
-        self.path = Path(path)
+        super().__init__(path)
         self._l1 = None  # a snapshot's, while that is looked at
-        self.bytes = bytearray(self.path.read_bytes())
-
-    def save(self):
-        self.path.write_bytes(self.bytes)
-
-    def get(self, offset, width=8):
-        """Past the end: zeros."""
-        return int.from_bytes(self.bytes[offset:offset + width].ljust(width, b'\0'), 'big')
-
-    def put(self, offset, value, width=8):
-        if len(self.bytes) < offset + width:
-            self.bytes.extend(bytes(offset + width - len(self.bytes)))
-        self.bytes[offset:offset + width] = value.to_bytes(width, 'big')
 
     def field(self, name):
-        offset, width = FIELDS[name]
-        if self.get(4, 4) == 2 and offset >= 72:
+        if self.get(4, 4) == 2 and FIELDS[name][0] >= 72:
             return {'refcount_order': 4, 'header_length': 72}.get(name, 0)
-        return self.get(offset, width)
-
-    def set_field(self, name, value):
-        offset, width = FIELDS[name]
-        self.put(offset, value, width)
+        return super().field(name)
 
     def extension(self, wanted):
         """Where the data of a header extension begins."""

@@ -2,6 +2,7 @@
 import random
 
 from harness import KiB, MiB, attempt, pattern
+from matrix import opens_in_qemu
 
 CLUSTERS = {512: 3, KiB: 2, 4 * KiB: 5, 16 * KiB: 4, 64 * KiB: 5, 2 * MiB: 1}
 NOISE = 'noise'  # a file in the folder: bytes that cannot be compressed
@@ -177,16 +178,16 @@ class RandomImage:
         base = self.path.name + '.base'
         self.qemu('cp', self.backing[0], base)
         self.backing = (base, self.backing[1])
-        self.qemu_img('rebase', '-u', '-f', 'qcow2', '-b', base, '-F', self.backing[1], self.path.name)
-        self.qemu_img('commit', '-q', '-f', 'qcow2', *self.random.choice(((), ('-d',))), self.path.name)
+        self.qemu_img('rebase', '-u', '-f', self.format, '-b', base, '-F', self.backing[1], self.path.name)
+        self.qemu_img('commit', '-q', '-f', self.format, *self.random.choice(((), ('-d',))), self.path.name)
 
     def rebase(self):
         if self.random.random() < 0.3 and self.backing:
-            self.qemu_img('rebase', '-f', 'qcow2', '-b', '', self.path.name)
+            self.qemu_img('rebase', '-f', self.format, '-b', '', self.path.name)
             self.backing = None
         else:
             self.backing = self.random.choice(self.layers)
-            self.qemu_img('rebase', '-u', '-f', 'qcow2', '-b', self.backing[0], '-F', self.backing[1], self.path.name)
+            self.qemu_img('rebase', '-u', '-f', self.format, '-b', self.backing[0], '-F', self.backing[1], self.path.name)
 
     def amend(self):
         if self.version == 3:
@@ -195,6 +196,29 @@ class RandomImage:
         else:
             self.qemu_img('amend', '-q', '-f', 'qcow2', '-o', 'compat=1.1', self.path.name)
             self.version = 3
+
+
+class RandomQedImage(RandomImage):
+    """The same for QED, which has less that can happen to it."""
+
+    def create(self):
+        self.version = 3
+        self.cluster = choice_of(self.random, {4 * KiB: 5, 16 * KiB: 4, 64 * KiB: 5, 2 * MiB: 1})
+        table = self.random.choice([n for n in (2, 4, 8, 16) if opens_in_qemu(self.cluster, n)])
+        size = choice_of(self.random, {512: 1, self.random.randrange(1, 6 * MiB // 512) * 512: 9})
+        self.create_as('qed', size, 'cluster_size=%d,table_size=%d' % (self.cluster, table),
+                       self.random.choice(self.layers) if self.random.random() < 0.5 else None)
+
+    def work(self):
+        self.write()
+        for _ in range(self.random.randrange(5)):
+            choice_of(self.random, {self.write: 5, self.resize: 2, self.commit: 1, self.rebase: 1})()
+
+    def resize(self):
+        size = self.size + self.random.randrange(1, 2000) * 512
+        # QEMU does not grow a disk over a longer backing file.
+        if self.qemu_img('resize', '-q', '-f', 'qed', self.path.name, size, may_fail=bool(self.backing)):
+            self.size = size
 
 
 def choice_of(rng, weights):

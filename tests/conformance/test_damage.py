@@ -5,9 +5,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import qed_damage
 from damage import KINDS
 from harness import IMGFUSE, SCRATCH, ImageCase, attempt, run
 from qcow2_bytes import BITMAPS_VALID, Image
+from qed_bytes import QedImage
 
 COUNTS = ('corruptions', 'leaks', 'check-errors', 'total-clusters', 'allocated-clusters', 'compressed-clusters',
           'fragmented-clusters', 'image-end-offset')
@@ -31,7 +33,7 @@ class Originals:
 def setUpModule():
     global ORIGINALS
     ORIGINALS = Originals()
-    print('%d kinds of damage, %s' % (len(KINDS), IMGFUSE))
+    print('%d kinds of damage to qcow2, %d to QED, %s' % (len(KINDS), len(qed_damage.KINDS), IMGFUSE))
 
 
 def tearDownModule():
@@ -45,13 +47,16 @@ def report_of(outcome):
 
 
 class Damaged(ImageCase):
-    """One test for each kind of damage; they are made at the end of this file."""
+    """Tests for each kind of damage to a format; they are made at the end of this file."""
+
+    format = None
+    image_bytes = None
 
     def damage(self, kind):
         original = ORIGINALS.of(kind.base)
-        image = self.path('damaged.qcow2')
+        image = self.path('damaged.' + self.format)
         shutil.copyfile(original, image)
-        changed = Image(image)
+        changed = self.image_bytes(image)
         kind.make(changed)
         changed.save()
         if (original.parent / 'below.raw').exists():
@@ -66,16 +71,8 @@ class Damaged(ImageCase):
     def check(self, image, *options):
         return attempt(IMGFUSE, 'check', '--json', *options, image)
 
-    def qemu_check(self, image):
-        return attempt('qemu-img', 'check', '--output=json', '-f', 'qcow2', image)
-
-    def readable(self, image):
-        """All pieces of the disk, and of its snapshots' disks; None for those that cannot be read."""
-        image = Image(image)
-        pieces = image.pieces(self.backing, self.data)
-        for index in range(image.field('snapshot_count')):
-            pieces += image.snapshot_pieces(index, self.backing)
-        return pieces
+    def qemu_check(self, image, *options):
+        return attempt('qemu-img', 'check', '--output=json', '-f', self.format, *options, image)
 
     def assert_nothing_lost(self, before, after):
         self.assertEqual(len(before), len(after))
@@ -91,12 +88,28 @@ class Damaged(ImageCase):
             self.assertNotEqual(report_of(ours), report_of(theirs), 'QEMU agrees: ' + kind.qemu)
             self.assertEqual(ours.status, 2, str(ours))
 
+    def assert_undone(self, image, undo_file, damaged):
+        undo = attempt(IMGFUSE, 'check', '--undo', undo_file, image)
+        self.assertEqual(undo.status, 0, str(undo))
+        self.assertTrue(image.read_bytes() == damaged, 'the repair was not taken back byte for byte')
+
+
+class DamagedQcow2(Damaged):
+    format, image_bytes = 'qcow2', Image
+
+    def readable(self, image):
+        """All pieces of the disk, and of its snapshots' disks; None for those that cannot be read."""
+        image = Image(image)
+        pieces = image.pieces(self.backing, self.data)
+        for index in range(image.field('snapshot_count')):
+            pieces += image.snapshot_pieces(index, self.backing)
+        return pieces
+
     def assert_whole_disk_readable(self, image):
         """QEMU reads what we read, byte for byte."""
         raw = self.path('whole.raw')
         run('qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', image, raw)
         self.assertTrue(raw.read_bytes() == b''.join(Image(image).pieces(self.backing, self.data)))
-
 
     def assert_repaired(self, image, kind, repair, before, damaged):
         after = self.readable(image)
@@ -120,10 +133,21 @@ class Damaged(ImageCase):
         for part in repaired.bitmap_parts():
             self.assertTrue(repaired.bytes[part] == damaged[part], 'a bitmap has changed')
 
-    def assert_undone(self, image, undo_file, damaged):
-        undo = attempt(IMGFUSE, 'check', '--undo', undo_file, image)
-        self.assertEqual(undo.status, 0, str(undo))
-        self.assertTrue(image.read_bytes() == damaged, 'the repair was not taken back byte for byte')
+
+class DamagedQed(Damaged):
+    format, image_bytes = 'qed', QedImage
+
+    def readable(self, image):
+        return QedImage(image).pieces(self.backing)
+
+    def assert_repaired(self, image, kind, repair, before, damaged):
+        """As QEMU does, byte for byte."""
+        self.assert_nothing_lost(before, self.readable(image))
+        theirs = self.path('theirs.qed')
+        theirs.write_bytes(damaged)
+        expected = self.qemu_check(theirs, '-r', 'all')
+        self.assertEqual(repair.status, expected.status, '%s\n%s' % (repair, expected))
+        self.assertTrue(image.read_bytes() == theirs.read_bytes(), 'QEMU repairs it otherwise')
 
 
 def make_test(kind):
@@ -142,8 +166,13 @@ def make_test(kind):
     return test
 
 
-for _kind in KINDS:
-    setattr(Damaged, 'test_' + _kind.test_name, make_test(_kind))
+def make_tests(case, kinds):
+    for kind in kinds:
+        setattr(case, 'test_' + kind.test_name, make_test(kind))
+
+
+make_tests(DamagedQcow2, KINDS)
+make_tests(DamagedQed, qed_damage.KINDS)
 
 
 if __name__ == '__main__':

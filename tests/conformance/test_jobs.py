@@ -25,7 +25,7 @@ class JobCase(ImageCase):
         arguments += ['-b', backing[0], '-F', backing[1]] if backing else []
         run('qemu-img', 'create', '-q', '-f', format, *arguments, path, size)
         if fill:
-            qemu_io(path, format, fill_commands(self.random, size, version if format == 'qcow2' else 2))
+            qemu_io(path, format, fill_commands(self.random, size, version if format != 'raw' else 2))
         return path
 
     def assert_same_disk(self, a, a_format, b, b_format):
@@ -44,11 +44,14 @@ class JobCase(ImageCase):
 class Convert(JobCase):
     TARGETS = (('raw', ''), ('qcow2', ''), ('qcow2', 'cluster_size=512'), ('qcow2', 'cluster_size=2M'),
                ('qcow2', 'compat=0.10'), ('qcow2', 'refcount_bits=1'), ('qcow2', 'preallocation=metadata'),
-               ('qcow2', 'preallocation=falloc'), ('qcow2', 'preallocation=full'), ('raw', 'preallocation=falloc'))
+               ('qcow2', 'preallocation=falloc'), ('qcow2', 'preallocation=full'), ('raw', 'preallocation=falloc'),
+               ('qed', ''), ('qed', 'cluster_size=4k,table_size=2'), ('qed', 'cluster_size=2M'))
 
     def sources(self):
         yield self.image('plain.raw', 'raw'), 'raw'
         yield self.image('plain.qcow2'), 'qcow2'
+        yield self.image('plain.qed', 'qed'), 'qed'
+        yield self.image('overlay.qed', 'qed', SIZE, 'cluster_size=16k', ('plain.qed', 'qed')), 'qed'
         self.image('base.raw', 'raw', SIZE - MiB)
         self.image('middle.qcow2', 'qcow2', SIZE + MiB, 'cluster_size=4k', ('base.raw', 'raw'))
         yield self.image('chain.qcow2', 'qcow2', SIZE, 'cluster_size=32k', ('middle.qcow2', 'qcow2')), 'qcow2'
@@ -63,13 +66,14 @@ class Convert(JobCase):
                 run(IMGFUSE, 'convert', '-f', source_format, '-O', format, *(['-o', options] if options else []),
                     source, target)
                 self.assert_same_disk(source, source_format, target, format)
-                if format == 'qcow2':
-                    self.assert_clean(target)
+                if format != 'raw':
+                    self.assert_clean(target, format)
                 target.unlink()
 
     def test_sparse_images_take_no_more_space_than_qemu_gives_them(self):
         source = self.image('source.raw', 'raw', 64 * MiB)
-        for options in (('-O', 'raw'), ('-O', 'qcow2'), ('-O', 'qcow2', '-o', 'cluster_size=4k'), ('-S', '64k')):
+        for options in (('-O', 'raw'), ('-O', 'qcow2'), ('-O', 'qcow2', '-o', 'cluster_size=4k'), ('-S', '64k'),
+                        ('-O', 'qed'), ('-O', 'qed', '-o', 'cluster_size=4k')):
             ours, theirs = self.path('ours'), self.path('theirs')
             run(IMGFUSE, 'convert', '-f', 'raw', *options, source, ours)
             run('qemu-img', 'convert', '-f', 'raw', *options, source, theirs)
@@ -131,7 +135,7 @@ class Convert(JobCase):
 
     def test_into_a_target_that_is_there(self):
         source = self.image('source.qcow2')
-        for format, size in (('raw', SIZE), ('qcow2', SIZE), ('qcow2', SIZE + 3 * MiB)):
+        for format, size in (('raw', SIZE), ('qcow2', SIZE), ('qcow2', SIZE + 3 * MiB), ('qed', SIZE)):
             with self.subTest(format, size=size):
                 target = self.image('target', format, size)
                 run(IMGFUSE, 'convert', '-n', '-O', format, source, target)
@@ -140,8 +144,8 @@ class Convert(JobCase):
                 with open(raw, 'r+b') as file:
                     file.truncate(SIZE)
                 self.assert_same_disk(source, 'qcow2', raw, 'raw')
-                if format == 'qcow2':
-                    self.assert_clean(target)
+                if format != 'raw':
+                    self.assert_clean(target, format)
         short = self.image('short', 'raw', MiB)
         before = sha256(short)
         for outcome in self.both('convert', '-n', '-O', 'raw', source, short):
@@ -158,7 +162,7 @@ class Convert(JobCase):
     def test_sizes_that_are_no_multiple_of_a_sector(self):
         source = self.path('odd.raw')
         source.write_bytes(random.Random(SEED).randbytes(100001))
-        for format in ('raw', 'qcow2'):
+        for format in ('raw', 'qcow2', 'qed'):
             ours, theirs = self.path('ours'), self.path('theirs')
             run(IMGFUSE, 'convert', '-f', 'raw', '-O', format, source, ours)
             run('qemu-img', 'convert', '-f', 'raw', '-O', format, source, theirs)
@@ -281,15 +285,15 @@ class Resize(JobCase):
         self.assertEqual((outcome.status, outcome.out), (expected.status, expected.out), '%s%s' % (outcome, expected))
         self.assert_same_disk(image, format, theirs, format)
         self.assertEqual(self.virtual_size(image, format), self.virtual_size(theirs, format))
-        if format == 'qcow2':
-            self.assert_clean(image)
+        if format != 'raw':
+            self.assert_clean(image, format)
 
     @staticmethod
     def virtual_size(image, format):
         return json.loads(run('qemu-img', 'info', '-f', format, '--output=json', image))['virtual-size']
 
     def test_growing(self):
-        for format in ('raw', 'qcow2'):
+        for format in ('raw', 'qcow2', 'qed'):
             image = self.image('disk.' + format, format)
             for arguments in (('8M',), ('+1M',), ('-q', '+64k'), ('+3G',), ('--preallocation=off', '+1M')):
                 with self.subTest(format, arguments=arguments):
@@ -302,13 +306,14 @@ class Resize(JobCase):
             self.assertGreaterEqual(image.stat().st_blocks * 512, 4 * MiB)
 
     def test_shrinking_must_be_asked_for(self):
-        for format in ('raw', 'qcow2'):
+        for format in ('raw', 'qcow2', 'qed'):
             image = self.image('disk.' + format, format)
             before = sha256(image)
             self.resize_both(image, format, '-1M')
             self.resize_both(image, format, '1M')
             self.assertEqual(sha256(image), before)
-        self.resize_both(image, 'qcow2', '6M')
+        self.resize_both(self.path('disk.qcow2'), 'qcow2', '6M')
+        self.resize_both(self.path('disk.qed'), 'qed', '--shrink', '-1M')  # which it cannot
         self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '-1M')
         self.resize_both(self.path('disk.raw'), 'raw', '--shrink', '1M')
 
@@ -353,16 +358,16 @@ class Resize(JobCase):
 
 
 class Commit(JobCase):
-    def chain(self, base_format, base_size, overlay_size, version=3):
+    def chain(self, base_format, base_size, overlay_size, version=3, format='qcow2'):
         """base <- middle <- top, made twice: for us and for qemu-img."""
         made = []
         for folder in ('ours', 'theirs'):
             self.random = random.Random('%d %s' % (SEED, self.id()))
             self.path(folder).mkdir(exist_ok=True)
-            compat = 'compat=' + {2: '0.10', 3: '1.1'}[version]
+            options = 'compat=' + {2: '0.10', 3: '1.1'}[version] if format == 'qcow2' else ''
             self.image(folder + '/base', base_format, base_size)
-            self.image(folder + '/middle', 'qcow2', overlay_size, 'cluster_size=4k', ('base', base_format))
-            made.append(self.image(folder + '/top', 'qcow2', overlay_size, compat, ('middle', 'qcow2'), version))
+            self.image(folder + '/middle', format, overlay_size, 'cluster_size=4k', ('base', base_format))
+            made.append(self.image(folder + '/top', format, overlay_size, options, ('middle', format), version))
         return made
 
     def commit_both(self, images, *options):
@@ -372,23 +377,25 @@ class Commit(JobCase):
         return ours
 
     def test_into_the_backing_file_and_further_down(self):
-        for base_format, base_size, overlay_size, version in (
-                ('raw', SIZE, SIZE, 3), ('qcow2', SIZE, SIZE, 2), ('qcow2', 3 * MiB, SIZE, 3), ('raw', 3 * MiB, SIZE, 3),
-                ('qcow2', SIZE, 3 * MiB, 3)):
-            with self.subTest(base_format, base=base_size, overlay=overlay_size, version=version):
-                ours, theirs = self.chain(base_format, base_size, overlay_size, version)
+        for base_format, base_size, overlay_size, version, format in (
+                ('raw', SIZE, SIZE, 3, 'qcow2'), ('qcow2', SIZE, SIZE, 2, 'qcow2'), ('qcow2', 3 * MiB, SIZE, 3, 'qcow2'),
+                ('raw', 3 * MiB, SIZE, 3, 'qcow2'), ('qcow2', SIZE, 3 * MiB, 3, 'qcow2'),
+                ('raw', SIZE, SIZE, 3, 'qed'), ('qed', 3 * MiB, SIZE, 3, 'qed'), ('qed', SIZE, 3 * MiB, 3, 'qcow2')):
+            with self.subTest(base_format, base=base_size, overlay=overlay_size, version=version, format=format):
+                ours, theirs = self.chain(base_format, base_size, overlay_size, version, format)
                 content = self.path('content.raw')
                 run('qemu-img', 'convert', '-O', 'raw', ours, content)
                 for name in ('top', 'middle'):
                     image, other = ours.parent / name, theirs.parent / name
                     self.assertEqual(self.commit_both([image, other]).out, 'Image committed.\n')
-                    self.assert_same_disk(image, 'qcow2', content, 'raw')
-                    self.assert_clean(image)
+                    self.assert_same_disk(image, format, content, 'raw')
+                    self.assert_clean(image, format)
                     extents = json.loads(run('qemu-img', 'map', '--output=json', image))
-                    self.assertFalse([e for e in extents if e['depth'] == 0 and e['present']], 'it is not empty')
+                    left = [e for e in extents if e['depth'] == 0 and e['present']]
+                    self.assertEqual(bool(left), format == 'qed', 'only QED keeps what it holds')
                 self.assert_same_disk(ours.parent / 'base', base_format, theirs.parent / 'base', base_format)
-                if base_format == 'qcow2':
-                    self.assert_clean(ours.parent / 'base')
+                if base_format != 'raw':
+                    self.assert_clean(ours.parent / 'base', base_format)
 
     def test_the_overlay_can_be_kept(self):
         ours, theirs = self.chain('qcow2', SIZE, SIZE)
@@ -419,28 +426,30 @@ class Commit(JobCase):
 
 
 class Rebase(JobCase):
-    def make(self, old_size=SIZE, new_size=SIZE, size=SIZE, version=3):
+    def make(self, old_size=SIZE, new_size=SIZE, size=SIZE, version=3, format='qcow2'):
         self.image('old', 'qcow2', old_size)
         self.image('new', 'qcow2', new_size, 'cluster_size=4k')
         run('cp', self.path('old'), self.path('like_old'))
         qemu_io(self.path('like_old'), 'qcow2', ['write -P 77 512k 100k'])
-        compat = 'compat=' + {2: '0.10', 3: '1.1'}[version]
-        return self.image('overlay', 'qcow2', size, compat, ('old', 'qcow2'), version)
+        options = 'compat=' + {2: '0.10', 3: '1.1'}[version] if format == 'qcow2' else ''
+        return self.image('overlay', format, size, options, ('old', 'qcow2'), version)
 
     def test_safely(self):
-        for old_size, new_size, size, version in ((SIZE, SIZE, SIZE, 3), (SIZE, SIZE, SIZE, 2), (3 * MiB, SIZE, SIZE, 3),
-                                                  (SIZE, 3 * MiB, SIZE, 3), (MiB + 512, 9 * MiB, 4 * MiB + 512, 3),
-                                                  (MiB + 512, 9 * MiB, 4 * MiB + 512, 2)):
+        for old_size, new_size, size, version, format in (
+                (SIZE, SIZE, SIZE, 3, 'qcow2'), (SIZE, SIZE, SIZE, 2, 'qcow2'), (3 * MiB, SIZE, SIZE, 3, 'qcow2'),
+                (SIZE, 3 * MiB, SIZE, 3, 'qcow2'), (MiB + 512, 9 * MiB, 4 * MiB + 512, 3, 'qcow2'),
+                (MiB + 512, 9 * MiB, 4 * MiB + 512, 2, 'qcow2'), (SIZE, SIZE, SIZE, 3, 'qed'),
+                (MiB + 512, 9 * MiB, 4 * MiB + 512, 3, 'qed')):
             for options in (('-b', 'new', '-F', 'qcow2'), ('-b', 'like_old', '-F', 'qcow2'), ('-b', '')):
-                with self.subTest(options, old=old_size, new=new_size, size=size, version=version):
-                    overlay, content = self.make(old_size, new_size, size, version), self.path('content.raw')
+                with self.subTest(options, old=old_size, new=new_size, size=size, version=version, format=format):
+                    overlay, content = self.make(old_size, new_size, size, version, format), self.path('content.raw')
                     run('qemu-img', 'convert', '-O', 'raw', overlay, content)
                     theirs = self.path('theirs')
                     run('cp', overlay, theirs)
-                    run(IMGFUSE, 'rebase', '-f', 'qcow2', *options, overlay)
-                    run('qemu-img', 'rebase', '-f', 'qcow2', *options, theirs)
-                    self.assert_same_disk(overlay, 'qcow2', content, 'raw')
-                    self.assert_clean(overlay)
+                    run(IMGFUSE, 'rebase', '-f', format, *options, overlay)
+                    run('qemu-img', 'rebase', '-f', format, *options, theirs)
+                    self.assert_same_disk(overlay, format, content, 'raw')
+                    self.assert_clean(overlay, format)
                     self.assertEqual(self.names(overlay), self.names(theirs))
 
     @staticmethod

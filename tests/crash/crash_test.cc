@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cstdlib>
 #include <filesystem>
 #include <future>
@@ -10,9 +11,9 @@
 #include "base/math.h"
 #include "support/builders.h"
 #include "support/crash_storage.h"
+#include "support/image_view.h"
 #include "support/model_disk.h"
 #include "support/order_storage.h"
-#include "support/qcow2_view.h"
 
 namespace imgfuse::test {
 namespace {
@@ -39,7 +40,19 @@ struct Scenario {
   bool extended_l2 = false;
   bool lazy_refcounts = false;
   DataFile data_file = DataFile::none;
+  uint32_t table_size = 0;  ///< of a QED image; 0: it is qcow2
+  const char* format() const { return table_size > 0 ? "qed" : "qcow2"; }
+  /// Guest bytes that one L2 table maps, 8 bytes to a cluster.
+  uint64_t coverage() const { return uint64_t{cluster_size} / 8 * cluster_size * std::max(table_size, 1u); }
+  /// It does not open tables of one cluster, and computes the largest disk modulo 2^64.
+  bool opens_in_qemu() const {
+    const uint64_t entries = uint64_t{cluster_size} / 8 * table_size;
+    return table_size == 0 || (table_size > 1 && 2 * std::countr_zero(entries) + std::countr_zero(cluster_size) < 64);
+  }
   std::string text() const {
+    if (table_size > 0)
+      return fmt::format("QED, cluster size {}, table size {}{}", cluster_size, table_size,
+                         start == Start::backing ? ", with backing" : "");
     const char* data_files[] = {"", ", data file", ", raw data file"};
     const char* starts[] = {"empty", "backing", "snapshot", "compressed", "crowded"};
     return fmt::format("cluster size {}, {} refcount bits, version {}, start {}, {} compression{}{}{}", cluster_size,
@@ -90,8 +103,10 @@ struct Beginning {
 uint64_t disk_size(const Scenario& scenario) {
   const uint64_t cluster_size = scenario.cluster_size;
   if (scenario.start == Start::crowded) return 4_MiB;
-  const uint64_t coverage = cluster_size / 8 * cluster_size;
-  return std::min<uint64_t>(coverage * 3, 300_MiB) + round_down(cluster_size / 2, 512);  // ends inside a cluster
+  if (scenario.table_size > 0)
+    return std::min<uint64_t>(scenario.coverage() * 3, 20_GiB) + round_down(cluster_size / 2, 512);
+  return std::min<uint64_t>(scenario.coverage() * 3, 300_MiB) +
+         round_down(cluster_size / 2, 512);  // ends inside a cluster
 }
 
 /// Data over the windows, in places, so that there is something to overwrite; half of it can be compressed.
@@ -117,17 +132,21 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
   spec.data_file = scenario.data_file != DataFile::none;
   spec.data_file_raw = scenario.data_file == DataFile::raw;
   spec.compression = scenario.compress.value_or("zlib");
+  const auto make = [&] {
+    return scenario.table_size == 0 ? make_qcow2(spec)
+                                    : make_qed({size, scenario.cluster_size, scenario.table_size, spec.backing});
+  };
   Beginning beginning;
   beginning.content.resize(size);
   if (spec.data_file) beginning.files.data.resize(size);
   const std::string image = directory / "start.qcow2";
   switch (scenario.start) {
     case Start::empty:
-      beginning.files.image = make_qcow2(spec);
+      beginning.files.image = make();
       break;
     case Start::backing:
       spec.backing = "backing.raw";
-      beginning.files.image = make_qcow2(spec);
+      beginning.files.image = make();
       beginning.backing = random_content(size, windows, rng);
       if (rng.one_in(2)) {  // longer than the overlay: what growth gains must not show it
         beginning.backing.write(size, pattern(scenario.cluster_size * 4, rng.next()));
@@ -189,13 +208,18 @@ class CrashRun {
     workload_.cluster_size = scenario.cluster_size;
     workload_.loose = scenario.compress.has_value();
     workload_.subclusters = scenario.extended_l2;
-    workload_.growth = scenario.version == 3 || scenario.start != Start::snapshot;  // version 2 cannot grow with one
+    workload_.growth =
+        !is_huge() && (scenario.version != 2 || scenario.start != Start::snapshot);  // version 2 cannot grow with one
   }
 
   void go(uint64_t states) {
     const uint64_t size = disk_size(scenario_);
     const uint64_t clusters = scenario_.cluster_size <= 4096 ? 40 : scenario_.cluster_size <= 65536 ? 6 : 2;
-    const std::vector<GuestRange> windows = windows_for(size, scenario_.cluster_size, clusters);
+    const std::vector<GuestRange> windows =
+        is_huge() ? std::vector<GuestRange>{{GuestOffset(0), 64_KiB},
+                                            {GuestOffset(scenario_.cluster_size - 32_KiB), 64_KiB},
+                                            {GuestOffset(round_down(size - 64_KiB, 512)), 64_KiB}}
+                  : windows_for(size, scenario_.cluster_size, clusters, scenario_.coverage());
     const Beginning beginning = begin(scenario_, windows, directory_, rng_);
     backing_ = beginning.backing;
     backing_.save(directory_ / "backing.raw");
@@ -206,6 +230,9 @@ class CrashRun {
   }
 
  private:
+  /// Whole clusters are more than a test can look at thousands of times.
+  bool is_huge() const { return scenario_.cluster_size > 2_MiB; }
+
   /// Works on `image` until enough states were seen, or `requests` were made.
   void live(const Files& files, ModelDisk& model, uint64_t requests, int depth) {
     auto storage = std::make_shared<CrashStorage>(files.image);
@@ -218,7 +245,7 @@ class CrashRun {
     };
     storage->set_observer(observer);
     data->set_observer(observer);
-    auto disk = must(open_qcow2(
+    auto disk = must(open_image(
         ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress, .data = data}));
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
       Result<> result = random_request(*disk, model, workload_, rng_, request_);
@@ -251,8 +278,8 @@ class CrashRun {
   void look(const Files& found, const ModelDisk& model, int depth) {
     if (failed_) return;
     ++states_;
-    std::optional<Qcow2View> view = Qcow2View::parse(found.image);
-    require(view.has_value(), "no qcow2 image is left");
+    auto view = ImageView::parse(found.image);
+    require(view != nullptr, "no image is left");
     if (failed_) return save(found);
     Files crashed = found;
     if (view->is_lazy()) {
@@ -262,18 +289,18 @@ class CrashRun {
       crashed.image =
           reopened(found.image,
                    {.metadata_cache = 64_KiB, .backing = backing_, .data = std::make_shared<MemStorage>(found.data)});
-      view = Qcow2View::parse(crashed.image);
+      view = ImageView::parse(crashed.image);
       require(!view->is_dirty(), "dirty after it was opened");
       ++totals_.dirty;
     }
     require(view->find_corruption().empty(), view->find_corruption());
     if (!failed_) {
       const CheckReport report = check_image(crashed.image);
-      require(report.corruptions == 0 && report.check_errors == 0, "qcow2::check finds corruptions");
+      require(report.corruptions == 0 && report.check_errors == 0, "the check finds corruptions");
     }
     if (!failed_) {
       const auto data = std::make_shared<MemStorage>(crashed.data);
-      auto disk = open_qcow2(std::make_shared<MemStorage>(crashed.image),
+      auto disk = open_image(std::make_shared<MemStorage>(crashed.image),
                              {.metadata_cache = 64_KiB, .backing = backing_, .data = data});
       require(disk.has_value(), disk ? "" : disk.error().text());
       if (!disk) return save(crashed);
@@ -285,7 +312,7 @@ class CrashRun {
     if (failed_) return save(crashed);
     if ((totals_.states + states_) % kQemuEvery == 0 && have_qemu_img()) {
       confirm(crashed);
-      if (Qcow2View::parse(found.image)->is_lazy()) confirm(found);
+      if (ImageView::parse(found.image)->is_lazy()) confirm(found);
     }
     if (depth == 0 && rng_.one_in(10)) live_again(found, model);
   }
@@ -305,7 +332,7 @@ class CrashRun {
 
   /// Read-only.
   Result<std::unique_ptr<Disk>> open_for_reading(const Files& files) const {
-    return open_qcow2(std::make_shared<MemStorage>(files.image),
+    return open_image(std::make_shared<MemStorage>(files.image),
                       {.read_only = true, .backing = backing_, .data = std::make_shared<MemStorage>(files.data)});
   }
 
@@ -323,11 +350,12 @@ class CrashRun {
 
   /// QEMU looks for the data file where it is called.
   void confirm(const Files& crashed) {
-    const std::string check = "cd " + (directory_ / ".") + " && qemu-img check -q -f qcow2 ";
-    crashed.image.save(directory_ / "crashed.qcow2");
+    if (!scenario_.opens_in_qemu()) return;
+    const std::string check = fmt::format("cd {} && qemu-img check -q -f {} ", directory_ / ".", scenario_.format());
+    crashed.image.save(directory_ / "crashed");
     crashed.data.save(directory_ / "data.raw");
-    if (Qcow2View::parse(crashed.image)->is_lazy()) (void)run(check + "-r all crashed.qcow2");
-    const int status = run(check + "crashed.qcow2");
+    if (ImageView::parse(crashed.image)->is_lazy()) (void)run(check + "-r all crashed");
+    const int status = run(check + "crashed");
     require(status == 0 || status == 3, fmt::format("qemu-img check ends with {}", status));
     ++totals_.confirmed;
   }
@@ -339,7 +367,7 @@ class CrashRun {
     require_raw(*disk, files.data, model);
     require(scenario_.data_file == DataFile::none || !without_leaks || files.data.size() == disk->size(),
             "after close: the data file is not as long as the disk");
-    require(!Qcow2View::parse(files.image)->is_dirty(), "after close: dirty");
+    require(!ImageView::parse(files.image)->is_dirty(), "after close: dirty");
     const CheckReport report = check_image(files.image);
     require(report.corruptions == 0 && report.check_errors == 0, "after close: corruptions");
     require(report.leaks == 0 || !without_leaks, "after close: leaks, without a crash");
@@ -426,10 +454,21 @@ std::vector<Scenario> scenarios() {
   return all;
 }
 
-TEST_CASE("qcow2: after a crash at any moment everything that was flushed is there") {
+std::vector<Scenario> qed_scenarios() {
+  std::vector<Scenario> all;
+  for (const uint32_t cluster_size : {4096u, 65536u, 2097152u, 67108864u})
+    for (const uint32_t table_size : {1u, 2u, 4u, 8u, 16u})
+      for (const Start start : {Start::empty, Start::backing})
+        all.push_back({.cluster_size = cluster_size,
+                       .start = start,
+                       .weight = cluster_size <= 65536 ? 10u : 1u,
+                       .table_size = table_size});
+  return all;
+}
+
+void crash_in(const std::vector<Scenario>& all) {
   const uint64_t wanted = from_environment("IMG_CRASH_STATES", 24000);
   const uint64_t only = from_environment("IMG_SCENARIO", ~uint64_t{0});
-  const std::vector<Scenario> all = scenarios();
   uint64_t weights = 0;
   for (const Scenario& scenario : all) weights += scenario.weight;
 
@@ -444,6 +483,10 @@ TEST_CASE("qcow2: after a crash at any moment everything that was flushed is the
                         << " confirmed by qemu-img check, " << totals.dirty
                         << " with postponed counts, IMG_SEED=" << base_seed());
 }
+
+TEST_CASE("qcow2: after a crash at any moment everything that was flushed is there") { crash_in(scenarios()); }
+
+TEST_CASE("qed: after a crash at any moment everything that was flushed is there") { crash_in(qed_scenarios()); }
 
 }  // namespace
 }  // namespace imgfuse::test

@@ -46,8 +46,8 @@ class LoopCase(ImageCase):
 
 
 class LoopDevices(LoopCase):
-    def round_trip(self, kind, direct):
-        image = self.qcow2('%s-%s.qcow2' % (kind, direct), '512M')
+    def round_trip(self, kind, direct, format='qcow2'):
+        image = self.new('%s-%s.%s' % (kind, direct, format), '512M')
         mount = self.mount(image)
         device = self.losetup(mount.disk, '--direct-io=' + direct)
         self.assertEqual(run('losetup', '-n', '-O', 'DIO', device).strip(), '1' if direct == 'on' else '0')
@@ -75,6 +75,9 @@ class LoopDevices(LoopCase):
 
     def test_ext4_without_direct_io(self):
         self.round_trip('ext4', 'off')
+
+    def test_ext4_in_a_qed_image(self):
+        self.round_trip('ext4', 'on', 'qed')
 
     def test_xfs_with_direct_io(self):
         self.round_trip('xfs', 'on')

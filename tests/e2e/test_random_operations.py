@@ -34,7 +34,7 @@ class RandomOperations(ImageCase):
             os.close(self.buffered)
             os.close(self.direct)
             mount.unmount()
-            if image.suffix == '.qcow2':
+            if image.suffix != '.img':
                 self.assert_clean(image)
         mount = self.mount(image, '-r', *options)
         self.assertEqual(mount.disk.read_bytes(), self.model.content)
@@ -118,14 +118,22 @@ class RandomOperations(ImageCase):
                 image = self.qcow2('c%d.qcow2' % cluster, size, '-o', 'cluster_size=%d' % cluster)
                 self.run_against_model(image, bytes(size))
 
+    def test_qed_geometries(self):
+        for cluster, table in ((4 * KiB, 2), (64 * KiB, 4), (2 * MiB, 8)):
+            with self.subTest(cluster):
+                size = 8 * MiB
+                image = self.new('c%d.qed' % cluster, size, '-o', 'cluster_size=%d,table_size=%d' % (cluster, table))
+                self.run_against_model(image, bytes(size))
+
     def test_an_overlay_on_a_shorter_base_of_another_cluster_size(self):
         content = pattern(5 * MiB, 'base')
         self.raw('base.raw', 0).write_bytes(content)
         run('qemu-img', 'convert', '-O', 'qcow2', '-o', 'cluster_size=4k', self.path('base.raw'),
             self.path('base.qcow2'))
-        image = self.path('overlay.qcow2')
-        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'base.qcow2', '-F', 'qcow2', image, '9M')
-        self.run_against_model(image, content + bytes(4 * MiB))
+        for name in ('overlay.qcow2', 'overlay.qed'):
+            with self.subTest(name):
+                image = self.new(name, '9M', '-b', 'base.qcow2', '-F', 'qcow2')
+                self.run_against_model(image, content + bytes(4 * MiB))
 
     def test_a_version_2_overlay(self):
         content = pattern(8 * MiB, 'base')

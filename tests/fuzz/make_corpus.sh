@@ -2,7 +2,7 @@
 # Makes the corpus anew. Needs qemu-img, qemu-io, gzip and zstd.
 set -eu
 cd "$(dirname "$0")/corpus"
-mkdir -p qcow2 codec
+mkdir -p qcow2 qed codec
 cd qcow2
 create() { shift; qemu-img create -q -f qcow2 "$@"; }
 io() { qemu-io -f qcow2 -c "$2" "$1" >/dev/null; }
@@ -34,6 +34,13 @@ create zeroes.qcow2 -o cluster_size=512,lazy_refcounts=on zeroes.qcow2 64k
 io zeroes.qcow2 "write -z 0 4k"
 io zeroes.qcow2 "write 8k 1k"
 io zeroes.qcow2 "write -z 8k 512"
+
+cd ../qed
+qemu-img create -q -f qed -o cluster_size=4k,table_size=2 plain.qed 12M
+qemu-io -f qed -c "write 1k 2k" -c "write -z 16k 4k" -c "write 4M 4k" plain.qed >/dev/null
+qemu-img create -q -f qed -u -b base.img -F raw -o cluster_size=4k,table_size=2 names.qed 64k
+qemu-img create -q -f qed -o cluster_size=4k,table_size=2 dirty.qed 64k
+qemu-io -f qed -c "write 0 4k" -c abort dirty.qed >/dev/null 2>&1 || true
 
 cd ../codec
 mv ../qcow2/text .

@@ -9,7 +9,7 @@ NOT_BUILT = {'not yet built: ' + system for system in ('qed', 'fvd', 'mirror')}
 
 ROW = re.compile(r'^\| (q?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
 NAMED = re.compile(r'`([^`]+)`: `([^`]+)`')
-CASE = re.compile(r'TEST_CASE\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)\)')
+CASE = re.compile(r'TEST_CASE(?:_TEMPLATE)?\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)[,)]')
 
 
 def rows():

@@ -12,8 +12,8 @@
 #include "base/mutex.h"
 #include "imgfuse/snapshots.h"
 #include "support/builders.h"
+#include "support/image_view.h"
 #include "support/order_storage.h"
-#include "support/qcow2_view.h"
 
 namespace imgfuse::test {
 namespace {
@@ -50,23 +50,21 @@ static_assert(sizeof(Block) == kSector);
 ///   everybody all threads do everything: a sector holds zeros or some thread's whole block, never another sector's
 class Stress {
  public:
-  Stress(const Qcow2Spec& spec, bool watched, bool with_backing) : spec_(spec) {
-    if (with_backing) {
+  Stress(const ImageSpec& spec, const MemImage& image, bool watched) : spec_(spec) {
+    if (spec.backing)
       for (uint64_t sector = 0; sector < spec.size / kSector; ++sector) {
         const Block block = Block::make(sector, kThreads, 0);
         backing_.write(sector * kSector, std::as_bytes(std::span(&block, 1)));
       }
-      spec_.backing = "base";
-    }
-    memory_ = std::make_shared<MemStorage>(make_qcow2(spec_));
+    memory_ = std::make_shared<MemStorage>(image);
     std::shared_ptr<Storage> storage = memory_;
     if (watched) storage = std::make_shared<OrderStorage>(memory_);
     MemImage data;
     data.resize(spec.size);
-    disk_ = must(open_qcow2(
+    disk_ = must(open_image(
         storage, {.metadata_cache = 1, .backing = backing_, .data = std::make_shared<MemStorage>(std::move(data))}));
     expected_.resize(spec.size / kSector);
-    if (with_backing)
+    if (spec.backing)
       for (auto& generation : expected_) generation = {kThreads, 0};
   }
 
@@ -97,7 +95,7 @@ class Stress {
     for (uint64_t sector = 0; sector < 2 * zone_sectors() && !failed_; ++sector) verify_owned(sector);
     must(disk_->close());
     CHECK(failure() == "");
-    CHECK(Qcow2View::parse(memory_->image())->find_corruption() == "");
+    CHECK(ImageView::parse(memory_->image())->find_corruption() == "");
     const CheckReport report = check_image(memory_->image());
     CHECK(report.corruptions == 0);
     CHECK(report.leaks == 0);
@@ -252,7 +250,7 @@ class Stress {
     failed_ = true;
   }
 
-  Qcow2Spec spec_;
+  const ImageSpec spec_;
   MemImage backing_;
   std::shared_ptr<MemStorage> memory_;
   std::unique_ptr<Disk> disk_;
@@ -263,20 +261,25 @@ class Stress {
   std::string failure_ GUARDED_BY(mutex_);
 };
 
-void stress(const Qcow2Spec& spec, bool with_backing) {
+void stress(const ImageSpec& spec, const MemImage& image) {
   for (const bool watched : {false, true}) {
     INFO("IMG_SEED=" << base_seed() << ", cluster size " << spec.cluster_size << (watched ? ", order watched" : ""));
-    Stress stress(spec, watched, with_backing);
+    Stress stress(spec, image, watched);
     const uint64_t requests = from_environment("IMG_RUNS", 4000);
     stress.run(watched ? requests / 4 : requests);
     stress.finish();
   }
 }
 
-void stress_snapshots(const Qcow2Spec& spec) {
+template <class Kind>
+void stress(const ImageSpec& spec) {
+  stress(spec, Kind::image(spec));
+}
+
+void stress_snapshots(const ImageSpec& spec, const MemImage& image) {
   for (const bool watched : {false, true}) {
     INFO("IMG_SEED=" << base_seed() << (watched ? ", order watched" : ""));
-    Stress stress(spec, watched, true);
+    Stress stress(spec, image, watched);
     const uint64_t requests = from_environment("IMG_RUNS", 4000);
     stress.run_beside_snapshots(watched ? requests / 4 : requests);
     stress.finish();
@@ -284,40 +287,47 @@ void stress_snapshots(const Qcow2Spec& spec) {
 }
 
 TEST_CASE("qcow2: snapshots come and go beside threads that write") {
-  stress_snapshots({.size = 3_MiB, .cluster_size = 4096});
+  const ImageSpec spec{.size = 3_MiB, .cluster_size = 4096, .backing = "base"};
+  stress_snapshots(spec, Qcow2Kind::image(spec));
 }
 
-TEST_CASE("qcow2: threads do not disturb each other on 4 KiB clusters") {
-  stress({.size = 12_MiB, .cluster_size = 4096}, false);
+TEST_CASE_TEMPLATE("threads do not disturb each other on 4 KiB clusters", Kind, IMG_EVERY_KIND) {
+  stress<Kind>({.size = 12_MiB, .cluster_size = 4096});
 }
 
 TEST_CASE("qcow2: threads do not disturb each other on 512 byte clusters with wide counts") {
-  stress({.size = 3_MiB, .cluster_size = 512, .refcount_bits = 64}, false);
+  stress({.size = 3_MiB, .cluster_size = 512}, make_qcow2({.size = 3_MiB, .cluster_size = 512, .refcount_bits = 64}));
 }
 
-TEST_CASE("qcow2: threads do not disturb each other on 64 KiB clusters over a backing file") {
-  stress({.size = 24_MiB + 512}, true);
+TEST_CASE_TEMPLATE("threads do not disturb each other on 64 KiB clusters over a backing file", Kind, IMG_EVERY_KIND) {
+  stress<Kind>({.size = 24_MiB + 512, .backing = "base"});
 }
 
 TEST_CASE("qcow2: threads do not disturb each other in version 2 over a backing file") {
-  stress({.size = 6_MiB, .cluster_size = 4096, .version = 2}, true);
+  stress({.size = 6_MiB, .cluster_size = 4096, .backing = "base"},
+         make_qcow2({.size = 6_MiB, .cluster_size = 4096, .version = 2, .backing = "base"}));
 }
 
 TEST_CASE("qcow2: threads do not disturb each other while counts are postponed") {
-  stress({.size = 12_MiB, .cluster_size = 4096, .lazy_refcounts = true}, false);
-  stress({.size = 6_MiB, .cluster_size = 512, .refcount_bits = 64, .lazy_refcounts = true}, true);
+  stress({.size = 12_MiB, .cluster_size = 4096},
+         make_qcow2({.size = 12_MiB, .cluster_size = 4096, .lazy_refcounts = true}));
+  stress(
+      {.size = 6_MiB, .cluster_size = 512, .backing = "base"},
+      make_qcow2({.size = 6_MiB, .cluster_size = 512, .refcount_bits = 64, .backing = "base", .lazy_refcounts = true}));
 }
 
 TEST_CASE("qcow2: snapshots come and go beside threads that write while counts are postponed") {
-  stress_snapshots({.size = 3_MiB, .cluster_size = 4096, .lazy_refcounts = true});
+  const ImageSpec spec{.size = 3_MiB, .cluster_size = 4096, .backing = "base"};
+  stress_snapshots(
+      spec,
+      make_qcow2({.size = spec.size, .cluster_size = spec.cluster_size, .backing = "base", .lazy_refcounts = true}));
 }
 
 TEST_CASE("qcow2: threads do not disturb each other in a data file") {
-  Qcow2Spec spec{.size = 6_MiB, .cluster_size = 4096};
-  spec.data_file = true;
-  stress(spec, true);
-  spec.data_file_raw = true;
-  stress(spec, false);
+  stress({.size = 6_MiB, .cluster_size = 4096, .backing = "base"},
+         make_qcow2({.size = 6_MiB, .cluster_size = 4096, .backing = "base", .data_file = true}));
+  stress({.size = 6_MiB, .cluster_size = 4096},
+         make_qcow2({.size = 6_MiB, .cluster_size = 4096, .data_file = true, .data_file_raw = true}));
 }
 
 }  // namespace

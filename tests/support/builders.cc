@@ -6,9 +6,19 @@
 
 #include "core/cluster_cache.h"
 #include "format/raw/raw.h"
+#include "format/registry.h"
 #include "support/order_storage.h"
 
 namespace imgfuse::test {
+namespace {
+
+BackingOpener raw_backing(const MemImage& content) {
+  return [content](const std::string&, const std::optional<std::string>&) {
+    return Result<std::unique_ptr<Disk>>(make_raw_disk(content));
+  };
+}
+
+}  // namespace
 
 MemImage make_qcow2(const Qcow2Spec& spec) {
   CreateOptions options;
@@ -32,15 +42,25 @@ std::unique_ptr<Disk> make_raw_disk(MemImage content) {
   return must(raw::open(std::make_shared<MemStorage>(std::move(content), false), {.read_only = true}));
 }
 
+MemImage make_qed(const QedSpec& spec) {
+  CreateOptions options;
+  options.size = spec.size;
+  options.cluster_size = spec.cluster_size;
+  options.table_size = spec.table_size;
+  options.backing_file = spec.backing;
+  if (spec.backing) options.backing_format = "raw";
+  MemStorage storage;
+  must(qed::create(storage, options));
+  return storage.image();
+}
+
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
   qcow2::OpenParameters parameters;
   parameters.read_only = spec.read_only;
   parameters.metadata_cache = spec.metadata_cache;
   parameters.compress = spec.compress;
   if (spec.compressed_cache > 0) parameters.compressed_cache = std::make_shared<ClusterCache>(spec.compressed_cache);
-  parameters.open_backing = [backing = spec.backing](const std::string&, const std::optional<std::string>&) {
-    return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
-  };
+  parameters.open_backing = raw_backing(spec.backing);
   parameters.open_data_file = [data =
                                    spec.data](const std::optional<std::string>&) -> Result<std::shared_ptr<Storage>> {
     if (!data) return fail(ErrorCode::not_found, "no data file is given");
@@ -49,15 +69,40 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
   return qcow2::open(std::move(storage), std::move(parameters));
 }
 
+Result<std::unique_ptr<Disk>> open_image(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
+  IMG_LET(const Format* format, probe_format(*storage));
+  if (format->name != "qed") return open_qcow2(std::move(storage), spec);
+  return qed::open(std::move(storage), {.read_only = spec.read_only,
+                                        .metadata_cache = spec.metadata_cache,
+                                        .open_backing = raw_backing(spec.backing),
+                                        .clock = spec.clock});
+}
+
+MemImage Qcow2Kind::image(const ImageSpec& spec) {
+  return make_qcow2({.size = spec.size, .cluster_size = spec.cluster_size, .backing = spec.backing});
+}
+
+MemImage Qcow2Kind::any_image(const ImageSpec& spec, Rng& rng) {
+  const uint32_t version = rng.one_in(4) ? 2 : 3;
+  const uint32_t refcount_bits = version == 2 ? 16 : 1u << rng.below(7);
+  return make_qcow2({spec.size, spec.cluster_size, refcount_bits, version, spec.backing});
+}
+
+MemImage QedKind::image(const ImageSpec& spec) { return make_qed({spec.size, spec.cluster_size, 1, spec.backing}); }
+
+MemImage QedKind::any_image(const ImageSpec& spec, Rng& rng) {
+  return make_qed({spec.size, spec.cluster_size, 1u << rng.below(5), spec.backing});
+}
+
 WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec) {
   auto memory = std::make_shared<MemStorage>(image);
-  auto disk = must(open_qcow2(std::make_shared<OrderStorage>(memory, image), spec));
+  auto disk = must(open_image(std::make_shared<OrderStorage>(memory, image), spec));
   return {std::move(memory), std::move(disk)};
 }
 
 MemImage reopened(const MemImage& image, const OpenSpec& spec) {
   const auto storage = std::make_shared<MemStorage>(image);
-  must(must(open_qcow2(storage, spec))->close());
+  must(must(open_image(storage, spec))->close());
   return storage->image();
 }
 
@@ -77,10 +122,11 @@ std::optional<MemImage> with_snapshot(const MemImage& image) {
 CheckReport check_image(const MemImage& image) {
   MemStorage storage(image);
   std::string findings;
-  const CheckReport report = must(qcow2::check(storage, Repair::none, [&](const std::string& finding) {
-    if (findings.size() < 2000) findings += finding + "\n";
-  }));
-  if (report.corruptions > 0 || report.check_errors > 0) MESSAGE("qcow2::check: " << findings);
+  const CheckReport report =
+      must(must(probe_format(storage))->check(storage, Repair::none, [&](const std::string& finding) {
+        if (findings.size() < 2000) findings += finding + "\n";
+      }));
+  if (report.corruptions > 0 || report.check_errors > 0) MESSAGE("check: " << findings);
   return report;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "format/qcow2/qcow2.h"
+#include "format/qed/qed.h"
 #include "support/mem_storage.h"
 #include "support/must.h"
 #include "support/random.h"
@@ -29,6 +30,16 @@ struct Qcow2Spec {
 /// A fresh qcow2 image.
 MemImage make_qcow2(const Qcow2Spec& spec);
 
+struct QedSpec {
+  uint64_t size = 64_MiB;
+  uint32_t cluster_size = 65536;
+  uint32_t table_size = 4;             ///< clusters; also those that QEMU cannot open
+  std::optional<std::string> backing;  ///< name of a raw backing file
+};
+
+/// A fresh QED image.
+MemImage make_qed(const QedSpec& spec);
+
 /// A read-only raw disk.
 std::unique_ptr<Disk> make_raw_disk(MemImage content);
 
@@ -39,12 +50,40 @@ struct OpenSpec {
   std::optional<std::string> compress;
   uint64_t compressed_cache = 256_KiB;  ///< small, so that clusters leave it
   std::shared_ptr<Storage> data;        ///< the external data file
+  Clock* clock = &Clock::steady();
 };
 
 /// qcow2::open with a raw backing disk.
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
 
-/// A qcow2 disk over memory whose order of writes is watched.
+/// The same for an image of any format that has clusters; its first bytes tell which.
+Result<std::unique_ptr<Disk>> open_image(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
+
+/// What images of every format have.
+struct ImageSpec {
+  uint64_t size = 64_MiB;
+  uint32_t cluster_size = 65536;
+  std::optional<std::string> backing = {};  ///< name of a raw backing file
+};
+
+/// The formats that tests of what they share are run for, as the types of a TEST_CASE_TEMPLATE. An L2 table has the
+/// size of a cluster, 8 bytes for each cluster that it maps.
+struct Qcow2Kind {
+  static constexpr uint32_t kSmallestCluster = 512;
+  static constexpr uint64_t kAutoclearAt = 95;  ///< a byte of unknown autoclear bits
+  static MemImage image(const ImageSpec& spec = {});
+  /// With whatever else there is to choose.
+  static MemImage any_image(const ImageSpec& spec, Rng& rng);
+};
+struct QedKind {
+  static constexpr uint32_t kSmallestCluster = 4096;
+  static constexpr uint64_t kAutoclearAt = 32;
+  static MemImage image(const ImageSpec& spec = {});
+  static MemImage any_image(const ImageSpec& spec, Rng& rng);
+};
+#define IMG_EVERY_KIND imgfuse::test::Qcow2Kind, imgfuse::test::QedKind
+
+/// A disk over memory whose order of writes is watched.
 struct WatchedDisk {
   std::shared_ptr<MemStorage> memory;
   std::unique_ptr<Disk> disk;
@@ -58,7 +97,7 @@ MemImage reopened(const MemImage& image, const OpenSpec& spec = {});
 /// Puts an internal snapshot into the image, with qemu-img; nothing if that is not installed.
 std::optional<MemImage> with_snapshot(const MemImage& image);
 
-/// qcow2::check without repair. The findings are part of the messages of a failed test.
+/// The format's check without repair. The findings are part of the messages of a failed test.
 CheckReport check_image(const MemImage& image);
 
 std::vector<std::byte> read_all(Disk& disk, GuestOffset offset, size_t length);

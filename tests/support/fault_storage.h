@@ -5,6 +5,7 @@
 
 #include "base/mutex.h"
 #include "support/intercepted_storage.h"
+#include "support/random.h"
 
 namespace imgfuse::test {
 
@@ -41,5 +42,9 @@ class FaultStorage final : public InterceptedStorage {
   std::optional<Plan> plan_ GUARDED_BY(mutex_);
   bool fired_ GUARDED_BY(mutex_) = false;
 };
+
+/// Loops that let one call after the other fail go on by so many: 1, or IMG_FAULT_STEP where failing is not what is
+/// tested.
+inline uint64_t fault_step() { return from_environment("IMG_FAULT_STEP", 1); }
 
 }  // namespace imgfuse::test

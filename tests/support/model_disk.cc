@@ -219,8 +219,9 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
   return disk.write(range.begin, data);
 }
 
-std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, uint64_t clusters_per_window) {
-  const uint64_t coverage = cluster_size / 8 * cluster_size;
+std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, uint64_t clusters_per_window,
+                                    uint64_t coverage) {
+  if (coverage == 0) coverage = cluster_size / 8 * cluster_size;
   const uint64_t length = clusters_per_window * cluster_size;
   std::vector<GuestRange> windows;
   const auto add = [&](uint64_t begin, uint64_t end) {
@@ -229,7 +230,7 @@ std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, u
     if (begin < end) windows.push_back({GuestOffset(begin), end - begin});
   };
   add(0, length);
-  if (coverage > length / 2) add(coverage - length / 2, coverage + length / 2);
+  if (coverage > length / 2 && coverage < disk_size) add(coverage - length / 2, coverage + length / 2);
   if (disk_size > length) add(round_down(disk_size - length, 512), disk_size);
   return windows;
 }

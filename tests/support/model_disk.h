@@ -81,6 +81,8 @@ struct Workload {
 Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, Rng& rng, std::string& what);
 
 /// Windows that make metadata work: at the start, around the borders of L2 tables, and at the end of the disk.
-std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, uint64_t clusters_per_window);
+/// `coverage`: guest bytes per L2 table; 0: as many as a table of one cluster maps.
+std::vector<GuestRange> windows_for(uint64_t disk_size, uint64_t cluster_size, uint64_t clusters_per_window,
+                                    uint64_t coverage = 0);
 
 }  // namespace imgfuse::test

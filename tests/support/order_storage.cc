@@ -26,7 +26,9 @@ bool reads_zero(const MemImage& image, uint64_t offset, uint64_t length) {
   return true;
 }
 
-bool can_be_watched(const std::optional<Qcow2View>& view) { return view && (!view->is_dirty() || view->is_lazy()); }
+bool can_be_watched(const std::shared_ptr<const ImageView>& view) {
+  return view && (!view->is_dirty() || view->is_lazy());
+}
 
 bool before_cluster(const Reference& reference, uint64_t cluster) { return reference.cluster < cluster; }
 
@@ -79,9 +81,10 @@ Result<> OrderStorage::make(Change change, bool discards, Call call) {
     left.resize(length);
     (void)inner_->read(HostOffset(offset), left);
   }
+  const uint64_t size = inner_->size().value_or(0);
   Lock lock(mutex_);
   pending->returned = true;
-  if (!result) give_up(pending, std::move(left));
+  if (!result) give_up(pending, std::move(left), size);
   return result;
 }
 
@@ -133,9 +136,9 @@ Result<> OrderStorage::flush() {
 }
 
 /// The call failed: some of it may have been written.
-void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left) {
+void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left, uint64_t size) {
   change->is_write = true;
-  change->new_size.reset();
+  if (change->new_size) change->new_size = size;
   change->data = std::move(left);
   apply(*change, current_);
   std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
@@ -147,10 +150,11 @@ void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left
 /// Only two views are left after a flush: what is durable, and what was written meanwhile.
 void OrderStorage::start_epoch() {
   switching_ = false;
-  const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
-  view_ = Qcow2View::parse(current_);
+  const std::shared_ptr<const ImageView> durable = ImageView::parse(durable_);
+  view_ = ImageView::parse(current_);
   if (!can_be_watched(durable) || !can_be_watched(view_)) view_.reset();
   postponed_ = view_ && durable->is_lazy() && view_->is_lazy();
+  tables_may_change_ = durable && durable->tables_may_change();
   possible_.clear();
   least_.clear();
   if (!view_) return fills_.clear();
@@ -181,6 +185,7 @@ bool OrderStorage::shows(uint64_t part) const {
 void OrderStorage::check_targets(const Change& change, bool discards) {
   if (change.length == 0) return;
   const uint64_t size = view_->cluster_size();
+  const bool punches_in_place = view_->punches_in_place();
   const std::vector<Reference>& current = view_->references();
   const auto still_there = [&](const Reference& reference) {  // whatever it shows of the cluster
     const auto at = std::lower_bound(current.begin(), current.end(), Reference{reference.cluster, reference.owner, 0});
@@ -192,7 +197,7 @@ void OrderStorage::check_targets(const Change& change, bool discards) {
         violation(fmt::format("I4: {} cluster {} ({:#x}+{:#x}), which {}: {}", discards ? "discard of" : "write to",
                               cluster, change.offset, change.length, what, reference.owner.text()));
       };
-      if (discards) return say("is in use");
+      if (discards && (change.new_size || !punches_in_place)) return say("is in use");
       if (reference.is_stream()) {
         const bool beside =
             change.offset > reference.stream_last || change.offset + change.length <= reference.stream_begin;
@@ -230,12 +235,14 @@ bool OrderStorage::touches_metadata(const Change& change) const {
 }
 
 void OrderStorage::check_metadata(const Change& change) {
-  std::optional<Qcow2View> next = Qcow2View::parse(current_);
+  std::shared_ptr<const ImageView> next = ImageView::parse(current_);
   if (!can_be_watched(next)) {
     view_.reset();  // asleep until the next flush
     return;
   }
   for (const std::string& problem : next->problems()) violation("malformed: " + problem);
+  if (!tables_may_change_ && next->references() != view_->references())
+    violation("tables change, but the durable header says that they need no check");
   view_ = std::move(next);
   postponed_ = postponed_ && view_->is_lazy();
   if (switches_tables(change)) return check_switch();
@@ -251,7 +258,7 @@ void OrderStorage::check_metadata(const Change& change) {
   std::inplace_merge(possible_.begin(), possible_.begin() + static_cast<ptrdiff_t>(old_size), possible_.end());
   for (const Reference& reference : fresh)
     if (!least_.contains(reference.cluster)) {
-      const std::optional<Qcow2View> durable = Qcow2View::parse(durable_);
+      const std::shared_ptr<const ImageView> durable = ImageView::parse(durable_);
       for (const Reference& each : fresh) least_.try_emplace(each.cluster, durable->count(each.cluster));
       break;
     }
@@ -326,7 +333,7 @@ void OrderStorage::check_shown(const Reference& reference, uint64_t part) {
   const uint64_t in_file = reference.cluster * view_->parts() + part;
   const auto fill = fills_.find(in_file);
   if (fill != fills_.end()) {
-    if (fill->second.change && !seen && !may_show_early(reference, part))
+    if (fill->second.change && !seen && !may_show_early(reference, part) && !is_empty_table(reference, in_file))
       violation(fmt::format("{}: {} points at cluster {}, whose content is not flushed",
                             reference.owner.is_metadata() ? "I3" : "I2", reference.owner.text(), reference.cluster));
     fill->second.shown = true;
@@ -347,6 +354,13 @@ bool OrderStorage::may_show_early(const Reference& reference, uint64_t part) con
     return other.owner == reference.owner && (other.shown != 0 || other.is_stream());
   });
   return postponed_ && showed_nothing && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
+}
+
+/// Whatever a crash leaves of a table that is full of zeros durably is a table too.
+bool OrderStorage::is_empty_table(const Reference& reference, uint64_t part) const {
+  const uint64_t begin = part * view_->part_size();
+  return reference.owner.kind == Owner::Kind::l2_table && begin + view_->part_size() <= durable_.size() &&
+         reads_zero(durable_, begin, view_->part_size());
 }
 
 /// I2 for a stream: no write of its bytes waits for a flush. The cluster may hold older bytes beside them.
@@ -370,7 +384,7 @@ void OrderStorage::check_refcount_table(const Change& change) {
     std::byte bytes[512];
     current_.read(sector, bytes);
     mixed.write(sector, bytes);
-    const std::optional<Qcow2View> view = Qcow2View::parse(mixed);
+    const std::shared_ptr<const ImageView> view = ImageView::parse(mixed);
     if (!view) continue;
     for (const Reference& reference : view->references()) {
       const Owner::Kind kind = reference.owner.kind;

@@ -1,4 +1,4 @@
-// OrderStorage: watches a qcow2 driver write, and stops it at the first write that a crash could turn into damage.
+// OrderStorage: watches a driver write, and stops it at the first write that a crash could turn into damage.
 #pragma once
 
 #include <functional>
@@ -9,8 +9,8 @@
 #include <string>
 
 #include "base/mutex.h"
+#include "support/image_view.h"
 #include "support/mem_storage.h"
-#include "support/qcow2_view.h"
 
 namespace imgfuse::test {
 
@@ -31,7 +31,10 @@ namespace imgfuse::test {
 /// While the dirty bit of an image with lazy refcounts is durable, counts may say anything (I1, I5), and an entry may
 /// show bytes that are not flushed where there are zeros without them, and the entry showed nothing before (I2, I3).
 ///
-/// Asleep while the image is no other qcow2 image without damage (being created or repaired). Thread-safe.
+/// For QED, whose clusters count as having a count of one if the file reaches to their end: I1 to I4, and that the
+/// durable header says NEED_CHECK while tables change.
+///
+/// Asleep while the image is no other image without damage (being created or repaired). Thread-safe.
 class OrderStorage final : public Storage {
  public:
   /// Told what is wrong, in the thread whose call was wrong. By default it prints and aborts.
@@ -91,7 +94,8 @@ class OrderStorage final : public Storage {
   void check_stream_shown(const Reference& reference) REQUIRES(mutex_);
   void check_shown(const Reference& reference, uint64_t part) REQUIRES(mutex_);
   bool may_show_early(const Reference& reference, uint64_t part) const REQUIRES(mutex_);
-  void give_up(Changes::iterator change, std::vector<std::byte> left) REQUIRES(mutex_);
+  bool is_empty_table(const Reference& reference, uint64_t part) const REQUIRES(mutex_);
+  void give_up(Changes::iterator change, std::vector<std::byte> left, uint64_t size) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
   bool shows(uint64_t part) const REQUIRES(mutex_);
   template <class F>
@@ -105,10 +109,11 @@ class OrderStorage final : public Storage {
   uint64_t last_number_ GUARDED_BY(mutex_) = 0;
   MemImage durable_ GUARDED_BY(mutex_);
   MemImage current_ GUARDED_BY(mutex_);
-  Changes pending_ GUARDED_BY(mutex_);                     // not durable for sure, in the order of their calls
-  bool switching_ GUARDED_BY(mutex_) = false;              // between a switch of tables and its flush
-  std::optional<Qcow2View> view_ GUARDED_BY(mutex_);       // of current_; empty: asleep
-  bool postponed_ GUARDED_BY(mutex_) = false;              // no crash leaves an image whose counts are believed
+  Changes pending_ GUARDED_BY(mutex_);                        // not durable for sure, in the order of their calls
+  bool tables_may_change_ GUARDED_BY(mutex_) = false;         // the durable header says so
+  bool switching_ GUARDED_BY(mutex_) = false;                 // between a switch of tables and its flush
+  std::shared_ptr<const ImageView> view_ GUARDED_BY(mutex_);  // of current_; null: asleep
+  bool postponed_ GUARDED_BY(mutex_) = false;                 // no crash leaves an image whose counts are believed
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
   std::map<uint64_t, Switched> switched_ GUARDED_BY(mutex_);  // by cluster, until that change is durable

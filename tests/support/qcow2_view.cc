@@ -39,14 +39,6 @@ void for_each_entry(const MemImage& image, uint64_t offset, uint64_t entries, F 
 
 }  // namespace
 
-std::string Owner::text() const {
-  const char* names[] = {"header",   "refcount table",   "refcount block", "L1 table",         "snapshot table",
-                         "L2 table", "bitmap directory", "bitmap table",   "bits of a bitmap", "guest cluster"};
-  std::string text = fmt::format("{} {}", names[static_cast<int>(kind)], index);
-  if (snapshot) text += fmt::format(" of snapshot {}", snapshot);
-  return text;
-}
-
 std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   if (load<uint32_t>(image, 0) != 0x514649fb) return std::nullopt;
   Qcow2View view;
@@ -208,15 +200,7 @@ uint64_t Qcow2View::count(uint64_t cluster) const {
 }
 
 std::string Qcow2View::find_corruption() const {
-  if (!problems_.empty()) return problems_.front();
-  for (auto first = references_.begin(); first != references_.end();) {
-    auto next = first;
-    while (next != references_.end() && next->cluster == first->cluster) ++next;
-    if (const uint64_t stored = count(first->cluster); stored < static_cast<uint64_t>(next - first))
-      return fmt::format("cluster {} has {} references ({}) but a count of {}", first->cluster, next - first,
-                         first->owner.text(), stored);
-    first = next;
-  }
+  if (std::string wrong = ImageView::find_corruption(); !wrong.empty()) return wrong;
   for (const auto& [cluster, flag] : copied_)
     if (flag != (count(cluster) == 1))
       return fmt::format("cluster {} has a count of {} and a COPIED flag of {}", cluster, count(cluster), flag);

@@ -125,6 +125,11 @@ def mounts():
         return [line.split()[1].replace('\\040', ' ').replace('\\054', ',') for line in table]
 
 
+def format_of(image):
+    """As its name says: qcow2 where it does not."""
+    return 'qed' if str(image).endswith('.qed') else 'qcow2'
+
+
 def is_mounted(path):
     return str(path) in mounts()
 
@@ -252,10 +257,14 @@ class ImageCase(unittest.TestCase):
     def path(self, name):
         return self.folder / name
 
-    def qcow2(self, name='disk.qcow2', size='64M', *options):
-        """A new image made by qemu-img; `options` are its own, such as '-o', 'cluster_size=4k'."""
-        run('qemu-img', 'create', '-q', '-f', 'qcow2', *options, self.path(name), *([size] if size else []))
+    def new(self, name, size='64M', *options):
+        """A new image made by qemu-img, of the format that ends its name; `options` are its own, such as '-o',
+        'cluster_size=4k'."""
+        run('qemu-img', 'create', '-q', '-f', format_of(name), *options, self.path(name), *([size] if size else []))
         return self.path(name)
+
+    def qcow2(self, name='disk.qcow2', size='64M', *options):
+        return self.new(name, size, *options)
 
     def raw(self, name='disk.img', size=64 * MiB):
         with open(self.path(name), 'wb') as file:
@@ -286,16 +295,16 @@ class ImageCase(unittest.TestCase):
 
     # Claims
 
-    def assert_clean(self, image, format='qcow2'):
+    def assert_clean(self, image, format=None):
         """No corruption and no leak, for QEMU and for imgfuse."""
-        outcome = attempt('qemu-img', 'check', '-f', format, image)
+        outcome = attempt('qemu-img', 'check', '-f', format or format_of(image), image)
         self.assertEqual(outcome.status, 0, str(outcome))
         outcome = attempt(IMGFUSE, 'check', image)
         self.assertEqual(outcome.status, 0, str(outcome))
 
     def assert_no_corruption(self, image):
         """Leaks may be there, as after a crash."""
-        outcome = attempt('qemu-img', 'check', '-f', 'qcow2', image)
+        outcome = attempt('qemu-img', 'check', '-f', format_of(image), image)
         self.assertIn(outcome.status, (0, 3), str(outcome))
         outcome = attempt(IMGFUSE, 'check', image)
         self.assertIn(outcome.status, (0, 3), str(outcome))

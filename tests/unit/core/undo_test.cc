@@ -234,7 +234,7 @@ TEST_CASE("undo: after a crash at any moment of undoing, it is repeated") {
 }
 
 TEST_CASE("undo: a change is not made when its old bytes cannot be kept") {
-  for (uint64_t n = 1;; ++n) {
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto image = std::make_shared<MemStorage>(original());
     auto file_memory = std::make_shared<MemStorage>();

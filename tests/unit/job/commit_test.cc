@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include "format/registry.h"
 #include "support/crash_storage.h"
 #include "support/order_storage.h"
 #include "unit/job/disks.h"
@@ -13,11 +14,11 @@ constexpr uint64_t kSize = 5 * 1024 * 1024 + 512;
 JobDisk without_backing(const JobDisk& overlay) {
   auto memory = std::make_shared<MemStorage>(overlay.memory->image());
   auto faults = std::make_shared<FaultStorage>(memory);
-  qcow2::OpenParameters parameters;
-  parameters.open_backing = [](const std::string&, const std::optional<std::string>&) {
+  const BackingOpener nothing = [](const std::string&, const std::optional<std::string>&) {
     return Result<std::unique_ptr<Disk>>(nullptr);
   };
-  auto disk = must(qcow2::open(faults, std::move(parameters)));
+  const Format* format = must(probe_format(*faults));
+  auto disk = must(format->open(faults, {.open_backing = nothing}));
   return {memory, faults, std::unique_ptr<Disk, CloseDisk>(disk.release())};
 }
 
@@ -30,11 +31,11 @@ JobDisk raw_disk_of(const MemImage& image) {
 
 }  // namespace
 
-TEST_CASE("commit: the base reads as the overlay did, also where it has to grow") {
+TEST_CASE_TEMPLATE("commit: the base reads as the overlay did, also where it has to grow", Kind, IMG_EVERY_KIND) {
   Rng rng(base_seed());
   for (const uint64_t base_size : {kSize, kSize - 2_MiB - 300, kSize + 2_MiB}) {
     const MemImage base_image = scribbled_image(base_size, rng);
-    JobDisk overlay = qcow2_disk({.size = kSize, .cluster_size = 4096, .backing = "base"}, base_image);
+    JobDisk overlay = disk_of(Kind::image({.size = kSize, .cluster_size = 4096, .backing = "base"}), base_image);
     scribble(*overlay, rng);
     must(overlay->flush());
     const auto expected = content(*overlay);
@@ -67,7 +68,7 @@ TEST_CASE("commit: whatever call fails, the overlay still reads as before over t
     if (!base.faults->fired()) break;
     CHECK(!committed);
     base.disk.reset();
-    auto whole = must(open_qcow2(std::make_shared<MemStorage>(overlay.memory->image()),
+    auto whole = must(open_image(std::make_shared<MemStorage>(overlay.memory->image()),
                                  {.read_only = true, .backing = base.memory->image()}));
     CHECK(content(*whole) == expected);
     must(whole->close());
@@ -93,7 +94,7 @@ TEST_CASE("rebase: the overlay reads as before over its new backing file") {
 
         CHECK(content(*overlay) == expected);
         must(overlay->flush());
-        auto disk = must(open_qcow2(std::make_shared<MemStorage>(overlay.memory->image()),
+        auto disk = must(open_image(std::make_shared<MemStorage>(overlay.memory->image()),
                                     {.read_only = true, .backing = new_image}));
         CHECK(content(*disk) == expected);
         must(disk->close());
@@ -102,11 +103,12 @@ TEST_CASE("rebase: the overlay reads as before over its new backing file") {
   }
 }
 
-TEST_CASE("rebase: a crash at any moment leaves an overlay that reads as before over its old backing file") {
+TEST_CASE_TEMPLATE("rebase: a crash at any moment leaves an overlay that reads as before over its old backing file",
+                   Kind, IMG_EVERY_KIND) {
   Rng rng(base_seed());
   constexpr uint64_t kSmall = 2_MiB;
   const MemImage old_image = scribbled_image(kSmall - 512, rng);
-  JobDisk overlay = qcow2_disk({.size = kSmall, .cluster_size = 4096, .backing = "base"}, old_image);
+  JobDisk overlay = disk_of(Kind::image({.size = kSmall, .cluster_size = 4096, .backing = "base"}), old_image);
   scribble(*overlay, rng, 5);
   must(overlay->flush());
   const auto expected = content(*overlay);
@@ -118,7 +120,7 @@ TEST_CASE("rebase: a crash at any moment leaves an overlay that reads as before 
     Lock lock(mutex);
     if (rng.one_in(4)) crashed.push_back(storage->crash(kCrashModes[rng.below(std::size(kCrashModes))], rng));
   });
-  auto disk = must(open_qcow2(std::make_shared<OrderStorage>(storage, start), {.backing = old_image}));
+  auto disk = must(open_image(std::make_shared<OrderStorage>(storage, start), {.backing = old_image}));
   JobDisk new_backing = raw_disk_of(scribbled_image(kSmall + 4096, rng));
 
   must(prepare_rebase(*disk, &*new_backing));
@@ -127,7 +129,7 @@ TEST_CASE("rebase: a crash at any moment leaves an overlay that reads as before 
   REQUIRE(crashed.size() > 5);
   for (const MemImage& image : crashed) {
     REQUIRE(check_image(image).corruptions == 0);
-    auto survivor = must(open_qcow2(std::make_shared<MemStorage>(image), {.read_only = true, .backing = old_image}));
+    auto survivor = must(open_image(std::make_shared<MemStorage>(image), {.read_only = true, .backing = old_image}));
     REQUIRE(content(*survivor) == expected);
     must(survivor->close());
   }

@@ -39,11 +39,15 @@ inline JobDisk raw_disk(uint64_t size) {
   return {memory, faults, std::unique_ptr<Disk, CloseDisk>(disk.release())};
 }
 
-inline JobDisk qcow2_disk(const Qcow2Spec& spec, MemImage backing = {}) {
-  auto memory = std::make_shared<MemStorage>(make_qcow2(spec));
+inline JobDisk disk_of(MemImage image, MemImage backing = {}) {
+  auto memory = std::make_shared<MemStorage>(std::move(image));
   auto faults = std::make_shared<FaultStorage>(memory);
-  auto disk = must(open_qcow2(faults, {.backing = std::move(backing)}));
+  auto disk = must(open_image(faults, {.backing = std::move(backing)}));
   return {memory, faults, std::unique_ptr<Disk, CloseDisk>(disk.release())};
+}
+
+inline JobDisk qcow2_disk(const Qcow2Spec& spec, MemImage backing = {}) {
+  return disk_of(make_qcow2(spec), std::move(backing));
 }
 
 inline std::vector<std::byte> content(Disk& disk) { return read_all(disk, GuestOffset(0), disk.size()); }

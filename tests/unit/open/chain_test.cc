@@ -98,7 +98,7 @@ TEST_CASE("open: each failure is one clear line") {
   CHECK(failure(dir / "folder") == "open " + (dir / "folder") + ": is a directory, not an image");
   CHECK(failure(dir / "fifo") == "open " + (dir / "fifo") + ": is neither a regular file nor a block device");
   CHECK(failure(dir / "disk.raw", {.format = "vmdk"}) ==
-        "open " + (dir / "disk.raw") + ": format vmdk is not implemented; raw and qcow2 are");
+        "open " + (dir / "disk.raw") + ": format vmdk is not implemented; raw, qcow2 and qed are");
   CHECK(failure(dir / "disk.raw", {.read_only = true, .format = "qcow2"}).find("open " + (dir / "disk.raw")) == 0);
   CHECK(failure(dir / "disk.raw", {.force_share = true}).find("add --read-only") != std::string::npos);
   CHECK(failure(dir / "disk.raw", {.read_only = true, .allowed_directories = {dir / "none"}}).find("--allow-path") !=
@@ -276,18 +276,35 @@ TEST_CASE("chain: a backing file without a recorded format is never probed") {
             .find("format vmdk is not implemented") != std::string::npos);
 }
 
-TEST_CASE("chain: a raw backing file stays raw, whatever the guest wrote into it") {
+TEST_CASE("chain: what a QED image says is not raw is probed, and refused if it looks raw") {
   const TempDir dir;
-  make_file(dir / "base.raw", 1_MiB);
-  make_overlay(dir / "top.qcow2", "base.raw", "raw");
-  must(create_image(dir / "inner.qcow2", {.size = 1_MiB}));
-  auto content = read_file(dir / "inner.qcow2");
-  content.resize(1_MiB);
-  write_file(dir / "base.raw", content);
+  must(create_image(dir / "base", {.size = 1_MiB}));
+  must(create_image(dir / "top.qed",
+                    {.format = "qed", .size = 1_MiB, .backing_file = "base", .backing_format = "qcow2"}));
+  finish(must(open_disk(dir / "top.qed", {})));
+  CHECK(must(chain_info(dir / "top.qed", {})).at(1).format == "qcow2");
 
-  auto disk = must(open_disk(dir / "top.qcow2", {.read_only = true}));
+  write_file(dir / "base", pattern(1_MiB));
 
-  CHECK(read_disk(*disk, 0, 1_MiB) == content);
+  CHECK(failure(dir / "top.qed").find("it looks like a raw disk") != std::string::npos);
+  finish(must(open_disk(dir / "top.qed", {.backing_format = "raw"})));
+}
+
+TEST_CASE("chain: a raw backing file stays raw, whatever the guest wrote into it") {
+  for (const char* format : {"qcow2", "qed"}) {
+    const TempDir dir;
+    make_file(dir / "base.raw", 1_MiB);
+    must(create_image(dir / "top",
+                      {.format = format, .size = 1_MiB, .backing_file = "base.raw", .backing_format = "raw"}));
+    must(create_image(dir / "inner.qcow2", {.size = 1_MiB}));
+    auto content = read_file(dir / "inner.qcow2");
+    content.resize(1_MiB);
+    write_file(dir / "base.raw", content);
+
+    auto disk = must(open_disk(dir / "top", {.read_only = true}));
+
+    CHECK(read_disk(*disk, 0, 1_MiB) == content);
+  }
 }
 
 TEST_CASE("chain: images that name each other in a circle are refused, also through links") {

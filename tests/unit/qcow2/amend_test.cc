@@ -17,7 +17,7 @@ struct Sample {
   MemImage backing;
   std::vector<std::byte> content;
 
-  qcow2::BackingOpener opener() const {
+  BackingOpener opener() const {
     return [this](const std::string&, const std::optional<std::string>&) {
       return Result<std::unique_ptr<Disk>>(make_raw_disk(backing));
     };
@@ -79,7 +79,7 @@ TEST_CASE("qcow2 amend: after a crash at any moment the disk reads the same, in 
 
 TEST_CASE("qcow2 amend: whatever call fails, the disk reads the same") {
   const Sample start = sample(true);
-  for (uint64_t n = 1;; ++n) {
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto memory = std::make_shared<MemStorage>(start.image);
     auto faults = std::make_shared<FaultStorage>(memory);

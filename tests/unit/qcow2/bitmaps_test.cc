@@ -246,7 +246,7 @@ TEST_CASE("bitmaps: when there is no space to store them they are lost, and the 
 TEST_CASE("bitmaps: every failing call at opening, adding and closing leaves nothing that is wrong") {
   const MemImage image = with_bitmap();
   for (const bool torn : {false, true})
-    for (uint64_t n = 1;; ++n) {
+    for (uint64_t n = 1;; n += fault_step()) {
       CAPTURE(n);
       auto memory = std::make_shared<MemStorage>(image);
       auto faults = std::make_shared<FaultStorage>(std::make_shared<OrderStorage>(memory));

@@ -40,11 +40,11 @@ void check_sound(const MemImage& image) {
   const CheckReport report = check_image(image);
   CHECK(report.corruptions == 0);
   CHECK(report.check_errors == 0);
-  CHECK(Qcow2View::parse(image)->find_corruption() == "");
+  CHECK(ImageView::parse(image)->find_corruption() == "");
 }
 
-TEST_CASE("qcow2: a fresh disk reads as zeros and stores nothing") {
-  const WatchedDisk disk = open_watched(make_qcow2({}));
+TEST_CASE_TEMPLATE("a fresh disk reads as zeros and stores nothing", Kind, IMG_EVERY_KIND) {
+  const WatchedDisk disk = open_watched(Kind::image());
 
   CHECK(all_zero(read_all(*disk.disk, GuestOffset(12345), 300000)));
 
@@ -52,9 +52,9 @@ TEST_CASE("qcow2: a fresh disk reads as zeros and stores nothing") {
   must(disk->close());
 }
 
-TEST_CASE("qcow2: what was written is there after the image was closed and opened again") {
+TEST_CASE_TEMPLATE("what was written is there after the image was closed and opened again", Kind, IMG_EVERY_KIND) {
   const auto data = pattern(5_MiB);
-  WatchedDisk disk = open_watched(make_qcow2({}));
+  WatchedDisk disk = open_watched(Kind::image());
   must(disk->write(GuestOffset(1_MiB + 777), data));
   must(disk->close());
 
@@ -68,10 +68,10 @@ TEST_CASE("qcow2: what was written is there after the image was closed and opene
   CHECK(check_image(image).leaks == 0);
 }
 
-TEST_CASE("qcow2: a partial write keeps the rest of the cluster as the backing file has it") {
+TEST_CASE_TEMPLATE("a partial write keeps the rest of the cluster as the backing file has it", Kind, IMG_EVERY_KIND) {
   const auto below = pattern(4 * kCluster - 1000, 2);  // ends inside the last cluster
   const auto data = pattern(1000, 3);
-  const WatchedDisk disk = open_watched(make_qcow2({.size = 4 * kCluster, .backing = "base"}),
+  const WatchedDisk disk = open_watched(Kind::image({.size = 4 * kCluster, .backing = "base"}),
                                         {.backing = raw_image(part(below, 0, 3 * kCluster + 512))});
 
   must(disk->write(GuestOffset(kCluster + 300), data));
@@ -86,8 +86,8 @@ TEST_CASE("qcow2: a partial write keeps the rest of the cluster as the backing f
   check_sound(disk.memory->image());
 }
 
-TEST_CASE("qcow2: overwriting needs no space and, for the flush, one barrier") {
-  const WatchedDisk disk = open_watched(make_qcow2({}));
+TEST_CASE_TEMPLATE("overwriting needs no space and, for the flush, one barrier", Kind, IMG_EVERY_KIND) {
+  const WatchedDisk disk = open_watched(Kind::image());
   must(disk->write(GuestOffset(0), pattern(1_MiB)));
   must(disk->flush());
   const uint64_t size = must(disk.memory->size());
@@ -102,10 +102,10 @@ TEST_CASE("qcow2: overwriting needs no space and, for the flush, one barrier") {
   must(disk->close());
 }
 
-TEST_CASE("qcow2: a discarded range reads as zeros, not as the backing file") {
+TEST_CASE_TEMPLATE("a discarded range reads as zeros, not as the backing file", Kind, IMG_EVERY_KIND) {
   const auto below = pattern(8 * kCluster);
   const WatchedDisk disk =
-      open_watched(make_qcow2({.size = 8 * kCluster, .backing = "base"}), {.backing = raw_image(below)});
+      open_watched(Kind::image({.size = 8 * kCluster, .backing = "base"}), {.backing = raw_image(below)});
   must(disk->write(GuestOffset(0), pattern(2 * kCluster, 5)));
 
   must(disk->discard({GuestOffset(kCluster), 3 * kCluster}));
@@ -116,9 +116,9 @@ TEST_CASE("qcow2: a discarded range reads as zeros, not as the backing file") {
   check_sound(disk.memory->image());
 }
 
-TEST_CASE("qcow2: a discard leaves the clusters alone that it covers in part") {
+TEST_CASE_TEMPLATE("a discard leaves the clusters alone that it covers in part", Kind, IMG_EVERY_KIND) {
   const auto data = pattern(3 * kCluster);
-  const WatchedDisk disk = open_watched(make_qcow2({}));
+  const WatchedDisk disk = open_watched(Kind::image());
   must(disk->write(GuestOffset(0), data));
 
   must(disk->discard({GuestOffset(100), 2 * kCluster}));
@@ -213,10 +213,10 @@ TEST_CASE("qcow2: version 2 has no zero clusters, and still a discard does not b
   check_sound(disk.memory->image());
 }
 
-TEST_CASE("qcow2: populating makes a range local and changes nothing of it") {
+TEST_CASE_TEMPLATE("populating makes a range local and changes nothing of it", Kind, IMG_EVERY_KIND) {
   const auto below = pattern(4 * kCluster);
   const WatchedDisk disk =
-      open_watched(make_qcow2({.size = 8 * kCluster, .backing = "base"}), {.backing = raw_image(below)});
+      open_watched(Kind::image({.size = 8 * kCluster, .backing = "base"}), {.backing = raw_image(below)});
 
   must(disk->populate({GuestOffset(100), 6 * kCluster}));
 
@@ -230,8 +230,8 @@ TEST_CASE("qcow2: populating makes a range local and changes nothing of it") {
   check_sound(disk.memory->image());
 }
 
-TEST_CASE("qcow2: map tells data, zeros and holes apart, through the chain") {
-  const WatchedDisk disk = open_watched(make_qcow2({.size = 8 * kCluster, .backing = "base"}),
+TEST_CASE_TEMPLATE("map tells data, zeros and holes apart, through the chain", Kind, IMG_EVERY_KIND) {
+  const WatchedDisk disk = open_watched(Kind::image({.size = 8 * kCluster, .backing = "base"}),
                                         {.backing = raw_image(pattern(4 * kCluster))});
   must(disk->write(GuestOffset(kCluster), pattern(kCluster)));
   must(disk->write_zeroes({GuestOffset(2 * kCluster), kCluster}, Zeroing::may_free));
@@ -253,8 +253,9 @@ TEST_CASE("qcow2: map tells data, zeros and holes apart, through the chain") {
   must(disk->close());
 }
 
-TEST_CASE("qcow2: what a disk gains by growing reads as zeros, even over a longer backing file") {
-  const WatchedDisk disk = open_watched(make_qcow2({.size = kCluster + 512, .backing = "base"}),
+TEST_CASE_TEMPLATE("what a disk gains by growing reads as zeros, even over a longer backing file", Kind,
+                   IMG_EVERY_KIND) {
+  const WatchedDisk disk = open_watched(Kind::image({.size = kCluster + 512, .backing = "base"}),
                                         {.backing = raw_image(pattern(8 * kCluster))});
 
   must(disk->resize(20 * kCluster));
@@ -296,8 +297,8 @@ TEST_CASE("qcow2: shrinking and crooked sizes are refused and change nothing") {
   must(disk->close());
 }
 
-TEST_CASE("qcow2: a disk open read-only never touches its file") {
-  WatchedDisk disk = open_watched(make_qcow2({}));
+TEST_CASE_TEMPLATE("a disk open read-only never touches its file", Kind, IMG_EVERY_KIND) {
+  WatchedDisk disk = open_watched(Kind::image());
   must(disk->write(GuestOffset(0), pattern(kCluster)));
   must(disk->close());
 
@@ -313,8 +314,8 @@ TEST_CASE("qcow2: a disk open read-only never touches its file") {
   CHECK(disk.memory->counts().flushes == 0);
 }
 
-TEST_CASE("qcow2: requests past the end are refused") {
-  const WatchedDisk disk = open_watched(make_qcow2({.size = kCluster}));
+TEST_CASE_TEMPLATE("requests past the end are refused", Kind, IMG_EVERY_KIND) {
+  const WatchedDisk disk = open_watched(Kind::image({.size = kCluster}));
   std::vector<std::byte> bytes(1000);
 
   CHECK(disk->read(GuestOffset(kCluster - 999), bytes).error().code() == ErrorCode::invalid);
@@ -407,18 +408,14 @@ TEST_CASE("qcow2: 1 TiB of virtual disk opens with few reads") {
   must(disk->close());
 }
 
-TEST_CASE("qcow2: random requests leave what the model says") {
+TEST_CASE_TEMPLATE("random requests leave what the model says", Kind, IMG_EVERY_KIND) {
   const uint64_t runs = from_environment("IMG_RUNS", 40);
   for (uint64_t run = 0; run < runs; ++run) {
     const uint64_t seed = base_seed() + run;
     CAPTURE(seed);
     Rng rng(seed);
-    const uint32_t cluster_size = 512u << rng.below(8) << (rng.one_in(8) ? 5 : 0);
-    const uint32_t version = rng.one_in(4) ? 2 : 3;
-    const uint32_t refcount_bits = version == 2 ? 16 : 1u << rng.below(7);
+    const uint32_t cluster_size = std::max(Kind::kSmallestCluster, 512u << rng.below(8) << (rng.one_in(8) ? 5 : 0));
     CAPTURE(cluster_size);
-    CAPTURE(version);
-    CAPTURE(refcount_bits);
     const uint64_t size = std::min<uint64_t>(uint64_t{cluster_size} * cluster_size / 3, 1_GiB) / 512 * 512;
     const auto windows = windows_for(size, cluster_size, cluster_size <= 65536 ? 12 : 3);
     MemImage content;
@@ -427,8 +424,7 @@ TEST_CASE("qcow2: random requests leave what the model says") {
       backing = "base";
       for (const GuestRange window : windows) content.write(window.begin.bytes(), pattern(window.length / 2, seed));
     }
-    WatchedDisk disk =
-        open_watched(make_qcow2({size, cluster_size, refcount_bits, version, backing}), {.backing = content});
+    WatchedDisk disk = open_watched(Kind::any_image({size, cluster_size, backing}, rng), {.backing = content});
     ModelDisk model(size, windows, content);
     const Workload workload{.cluster_size = cluster_size, .growth = true};
 

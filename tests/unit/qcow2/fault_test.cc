@@ -19,22 +19,26 @@ namespace {
 constexpr uint64_t kCluster = Situation::kCluster;
 constexpr uint64_t kSize = Situation::kSize;
 
+struct Version2Kind {
+  static MemImage image(const ImageSpec& spec) {
+    return make_qcow2({.size = spec.size, .cluster_size = spec.cluster_size, .version = 2, .backing = spec.backing});
+  }
+};
+
 /// Clusters 0…15 hold data, 16…23 are zero with space, 24…31 zero without; the rest is not allocated.
-Situation with_data(uint32_t version = 3, bool backing = false) {
+template <class Kind = Qcow2Kind>
+Situation with_data(bool backing = false) {
   Situation s;
+  ImageSpec spec{kSize, kCluster};
   s.content.resize(kSize);
   if (backing) {
+    spec.backing = "base";
     s.backing.write(0, pattern(64 * kCluster + 1000, 99));
     s.backing.resize(65 * kCluster);
     s.content = s.backing;
     s.content.resize(kSize);
   }
-  const WatchedDisk disk =
-      open_watched(make_qcow2({.size = kSize,
-                               .cluster_size = kCluster,
-                               .version = version,
-                               .backing = backing ? std::optional<std::string>("base") : std::nullopt}),
-                   {.backing = s.backing});
+  const WatchedDisk disk = open_watched(Kind::image(spec), {.backing = s.backing});
   const auto data = pattern(24 * kCluster, 5);
   must(disk->write(GuestOffset(0), data));
   s.content.write(0, data);
@@ -72,59 +76,58 @@ size_t refcount_blocks(const Qcow2View& view) {
                     [](const Reference& reference) { return reference.owner.kind == Owner::Kind::refcount_block; }));
 }
 
-TEST_CASE("qcow2: an allocating write may fail at any call") {
-  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
-                                  return write(disk, model, 50 * kCluster + 100, 5 * kCluster, 1);
-                                }});
+TEST_CASE_TEMPLATE("an allocating write may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(), {"write", [](Disk& disk, ModelDisk& model) {
+                                        return write(disk, model, 50 * kCluster + 100, 5 * kCluster, 1);
+                                      }});
 }
 
-TEST_CASE("qcow2: a write that needs a new L2 table may fail at any call") {
-  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
-                                  return write(disk, model, 2_MiB - kCluster, 3 * kCluster, 1);
-                                }});
+TEST_CASE_TEMPLATE("a write that needs a new L2 table may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(), {"write", [](Disk& disk, ModelDisk& model) {
+                                        return write(disk, model, 2_MiB - kCluster, 3 * kCluster, 1);
+                                      }});
 }
 
-TEST_CASE("qcow2: an overwrite may fail at any call") {
-  fail_everywhere(with_data(),
+TEST_CASE_TEMPLATE("an overwrite may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(),
                   {"overwrite", [](Disk& disk, ModelDisk& model) { return write(disk, model, 700, 9 * kCluster, 1); }});
 }
 
-TEST_CASE("qcow2: a write to zero clusters may fail at any call") {
-  fail_everywhere(with_data(), {"write", [](Disk& disk, ModelDisk& model) {
-                                  return write(disk, model, 15 * kCluster + 99, 12 * kCluster, 1);
-                                }});
+TEST_CASE_TEMPLATE("a write to zero clusters may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(), {"write", [](Disk& disk, ModelDisk& model) {
+                                        return write(disk, model, 15 * kCluster + 99, 12 * kCluster, 1);
+                                      }});
 }
 
-TEST_CASE("qcow2: a copy-on-write from the backing file may fail at any call") {
-  fail_everywhere(with_data(3, true), {"write", [](Disk& disk, ModelDisk& model) -> Result<> {
-                                         IMG_TRY(write(disk, model, 33 * kCluster + 100, 300, 1));
-                                         return write(disk, model, 64 * kCluster + 100, kCluster, 2);
-                                       }});
+TEST_CASE_TEMPLATE("a copy-on-write from the backing file may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(true), {"write", [](Disk& disk, ModelDisk& model) -> Result<> {
+                                            IMG_TRY(write(disk, model, 33 * kCluster + 100, 300, 1));
+                                            return write(disk, model, 64 * kCluster + 100, kCluster, 2);
+                                          }});
 }
 
-TEST_CASE("qcow2: a discard may fail at any call") {
+TEST_CASE_TEMPLATE("a discard may fail at any call", Kind, IMG_EVERY_KIND, Version2Kind) {
   const Operation discard{"discard", [](Disk& disk, ModelDisk& model) {
                             const GuestRange range{GuestOffset(3 * kCluster), 25 * kCluster};
                             model.zero(range);
                             return disk.discard(range);
                           }};
-  fail_everywhere(with_data(), discard);
-  fail_everywhere(with_data(3, true), discard);
-  fail_everywhere(with_data(2, false), discard);
+  fail_everywhere(with_data<Kind>(), discard);
+  fail_everywhere(with_data<Kind>(true), discard);
 }
 
-TEST_CASE("qcow2: zeroing may fail at any call") {
+TEST_CASE_TEMPLATE("zeroing may fail at any call", Kind, IMG_EVERY_KIND) {
   for (const Zeroing zeroing : {Zeroing::keep_allocation, Zeroing::may_free})
-    fail_everywhere(with_data(3, true),
+    fail_everywhere(with_data<Kind>(true),
                     {"zero", [zeroing](Disk& disk, ModelDisk& model) {
                        return zero(disk, model, {GuestOffset(kCluster + 100), 40 * kCluster}, zeroing);
                      }});
 }
 
-TEST_CASE("qcow2: populating may fail at any call") {
-  fail_everywhere(with_data(3, true), {"populate", [](Disk& disk, ModelDisk&) {
-                                         return disk.populate({GuestOffset(14 * kCluster), 60 * kCluster});
-                                       }});
+TEST_CASE_TEMPLATE("populating may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_everywhere(with_data<Kind>(true), {"populate", [](Disk& disk, ModelDisk&) {
+                                            return disk.populate({GuestOffset(14 * kCluster), 60 * kCluster});
+                                          }});
 }
 
 TEST_CASE("qcow2: reuse of freed clusters may fail at any call") {
@@ -137,14 +140,14 @@ TEST_CASE("qcow2: reuse of freed clusters may fail at any call") {
                                 }});
 }
 
-TEST_CASE("qcow2: growing may fail at any call") {
-  Situation s = with_data();
-  fail_everywhere(s, {"grow", [](Disk& disk, ModelDisk& model) -> Result<> {
-                        model.grow(20_GiB, 2 * kCluster);  // the L1 table moves
-                        IMG_TRY(disk.resize(20_GiB));
-                        model.grown();
-                        return {};
-                      }});
+TEST_CASE_TEMPLATE("growing may fail at any call", Kind, IMG_EVERY_KIND) {
+  constexpr uint64_t size = std::is_same_v<Kind, QedKind> ? 900_MiB : 20_GiB;  // the qcow2 image's L1 table moves
+  fail_everywhere(with_data<Kind>(), {"grow", [](Disk& disk, ModelDisk& model) -> Result<> {
+                                        model.grow(size, 2 * kCluster);
+                                        IMG_TRY(disk.resize(size));
+                                        model.grown();
+                                        return {};
+                                      }});
 }
 
 TEST_CASE("qcow2: a growth that failed can be repeated, and shows nothing of a longer backing file") {
@@ -153,7 +156,7 @@ TEST_CASE("qcow2: a growth that failed can be repeated, and shows nothing of a l
     const MemImage image = make_qcow2({.size = 64_KiB, .cluster_size = 512, .version = version, .backing = "base"});
     MemImage backing;
     backing.write(0, pattern(512_KiB));
-    for (uint64_t n = 1;; ++n) {
+    for (uint64_t n = 1;; n += fault_step()) {
       CAPTURE(n);
       auto memory = std::make_shared<MemStorage>(image);
       auto faults = std::make_shared<FaultStorage>(memory);
@@ -220,38 +223,23 @@ TEST_CASE("qcow2: what was acknowledged can be read after a failed flush, even w
   }
 }
 
-TEST_CASE("qcow2: closing may fail at any call") {
-  const Situation s = with_data();
-  for (uint64_t n = 1;; ++n) {
-    CAPTURE(n);
-    auto crash = std::make_shared<CrashStorage>(s.image);
-    auto faults = std::make_shared<FaultStorage>(crash);
-    ModelDisk model = model_of(s);
-    auto disk = must(open_qcow2(std::make_shared<OrderStorage>(faults, s.image), {.metadata_cache = 64_KiB}));
-    must(write(*disk, model, 50 * kCluster, 4 * kCluster, 1));
-    must(zero(*disk, model, {GuestOffset(0), 4 * kCluster}, Zeroing::may_free));
-
-    faults->fail_call(n, ErrorCode::io);
-    const Result<> closed = disk->close();
-
-    CHECK((closed || faults->fired()));
-    if (closed) model.flushed();
-    Rng rng(n);
-    check_crashed(*crash, model, s, rng);
-    if (!faults->fired()) break;
-  }
+TEST_CASE_TEMPLATE("closing may fail at any call", Kind, IMG_EVERY_KIND) {
+  fail_closing(with_data<Kind>(), {"allocating and freeing", [](Disk& disk, ModelDisk& model) -> Result<> {
+                                     IMG_TRY(write(disk, model, 50 * kCluster, 4 * kCluster, 1));
+                                     return zero(disk, model, {GuestOffset(0), 4 * kCluster}, Zeroing::may_free);
+                                   }});
 }
 
-TEST_CASE("qcow2: opening may fail at any call, and leaves the image as it was") {
-  Situation s = with_data();
-  s.image.write(95, std::array{std::byte{0x01}});  // autoclear bits give it something to write
-  for (uint64_t n = 1;; ++n) {
+TEST_CASE_TEMPLATE("opening may fail at any call, and leaves the image as it was", Kind, IMG_EVERY_KIND) {
+  Situation s = with_data<Kind>();
+  s.image.write(Kind::kAutoclearAt, std::array{std::byte{0x01}});  // autoclear bits give it something to write
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto crash = std::make_shared<CrashStorage>(s.image);
     auto faults = std::make_shared<FaultStorage>(crash);
     faults->fail_call(n, ErrorCode::io);
 
-    auto disk = open_qcow2(faults, {});
+    auto disk = open_image(faults, {});
 
     faults->heal();
     CHECK(disk.has_value() != faults->fired());
@@ -262,12 +250,12 @@ TEST_CASE("qcow2: opening may fail at any call, and leaves the image as it was")
   }
 }
 
-TEST_CASE("qcow2: a failed read is an error of that read only") {
-  const Situation s = with_data();
-  for (uint64_t n = 1;; ++n) {
+TEST_CASE_TEMPLATE("a failed read is an error of that read only", Kind, IMG_EVERY_KIND) {
+  const Situation s = with_data<Kind>();
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto faults = std::make_shared<FaultStorage>(std::make_shared<MemStorage>(s.image));
-    auto disk = must(open_qcow2(faults, {}));
+    auto disk = must(open_image(faults, {}));
     const ModelDisk model = model_of(s);
     faults->fail_call(n, ErrorCode::io);
 
@@ -282,10 +270,10 @@ TEST_CASE("qcow2: a failed read is an error of that read only") {
   }
 }
 
-TEST_CASE("qcow2: after a failed flush every write and flush is refused, and reads go on") {
-  const Situation s = with_data();
+TEST_CASE_TEMPLATE("after a failed flush every write and flush is refused, and reads go on", Kind, IMG_EVERY_KIND) {
+  const Situation s = with_data<Kind>();
   auto faults = std::make_shared<FaultStorage>(std::make_shared<MemStorage>(s.image));
-  auto disk = must(open_qcow2(faults, {}));
+  auto disk = must(open_image(faults, {}));
   must(disk->write(GuestOffset(0), pattern(512, 1)));
   faults->fail_call(1, ErrorCode::io, {.calls = Call::flush});
 

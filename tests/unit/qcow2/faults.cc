@@ -4,8 +4,8 @@
 
 #include "base/log.h"
 #include "support/fault_storage.h"
+#include "support/image_view.h"
 #include "support/order_storage.h"
-#include "support/qcow2_view.h"
 
 namespace imgfuse::test {
 namespace {
@@ -55,7 +55,7 @@ Result<> flush(Disk& disk, ModelDisk& model) {
 }
 
 ModelDisk model_of(const Situation& s) {
-  const bool small_clusters = Qcow2View::parse(s.image)->cluster_size() == 512;
+  const bool small_clusters = ImageView::parse(s.image)->cluster_size() == 512;
   return ModelDisk(s.size,
                    small_clusters ? std::vector<GuestRange>{{GuestOffset(0), 192_KiB}, {GuestOffset(4_MiB), 64_KiB}}
                                   : std::vector<GuestRange>{{GuestOffset(0), 76 * kCluster},
@@ -81,11 +81,11 @@ void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Si
                    const CrashStorage* data) {
   for (const CrashMode mode : {CrashMode::none, CrashMode::all, CrashMode::torn}) {
     MemImage crashed = storage.crash(mode, rng);
-    if (Qcow2View::parse(crashed)->is_lazy()) crashed = reopened(crashed, {.backing = s.backing});
-    CHECK(Qcow2View::parse(crashed)->find_corruption() == "");
+    if (ImageView::parse(crashed)->is_lazy()) crashed = reopened(crashed, {.backing = s.backing});
+    CHECK(ImageView::parse(crashed)->find_corruption() == "");
     CHECK(check_image(crashed).corruptions == 0);
     const MemImage crashed_data = data ? data->crash(kCrashModes[rng.below(std::size(kCrashModes))], rng) : MemImage{};
-    auto disk = open_qcow2(std::make_shared<MemStorage>(crashed),
+    auto disk = open_image(std::make_shared<MemStorage>(crashed),
                            {.backing = s.backing, .data = std::make_shared<MemStorage>(crashed_data)});
     REQUIRE(disk);
     if (s.raw) check_raw(**disk, crashed_data, model);
@@ -101,7 +101,7 @@ void fail_everywhere(const Situation& situation, const Operation& operation, boo
   CAPTURE(in_data_file);
   for (const FaultKind& kind : kFaultKinds) {
     CAPTURE(kind.name);
-    for (uint64_t n = 1;; ++n) {
+    for (uint64_t n = 1;; n += fault_step()) {
       CAPTURE(n);
       REQUIRE(n < 2000);
       Rng rng(n);
@@ -112,7 +112,7 @@ void fail_everywhere(const Situation& situation, const Operation& operation, boo
       auto data = std::make_shared<FaultStorage>(data_crash);
       const auto& faults = in_data_file ? data : image;
       ModelDisk model = model_of(situation);
-      auto disk = must(open_qcow2(
+      auto disk = must(open_image(
           ordered,
           {.metadata_cache = 64_KiB, .backing = situation.backing, .compress = situation.compress, .data = data}));
 
@@ -153,6 +153,27 @@ void fail_everywhere(const Situation& situation, const Operation& operation, boo
 void fail_everywhere(const Situation& situation, const Operation& operation) {
   fail_everywhere(situation, operation, false);
   if (situation.data) fail_everywhere(situation, operation, true);
+}
+
+void fail_closing(const Situation& situation, const Operation& before) {
+  CAPTURE(before.name);
+  for (uint64_t n = 1;; n += fault_step()) {
+    CAPTURE(n);
+    auto crash = std::make_shared<CrashStorage>(situation.image);
+    auto faults = std::make_shared<FaultStorage>(crash);
+    ModelDisk model = model_of(situation);
+    auto disk = must(open_image(std::make_shared<OrderStorage>(faults, situation.image), {.metadata_cache = 64_KiB}));
+    must(before.run(*disk, model));
+
+    faults->fail_call(n, ErrorCode::io);
+    const Result<> closed = disk->close();
+
+    CHECK((closed || faults->fired()));
+    if (closed) model.flushed();
+    Rng rng(n);
+    check_crashed(*crash, model, situation, rng);
+    if (!faults->fired()) break;
+  }
 }
 
 }  // namespace imgfuse::test

@@ -50,4 +50,7 @@ void check_crashed(const CrashStorage& storage, const ModelDisk& model, const Si
 /// is consistent, or refuses every change; and at no moment a crash loses what was acknowledged.
 void fail_everywhere(const Situation& situation, const Operation& operation);
 
+/// Does `before`, and fails the n-th call of closing then, for every n: either closing fails, or all is durable.
+void fail_closing(const Situation& situation, const Operation& before);
+
 }  // namespace imgfuse::test

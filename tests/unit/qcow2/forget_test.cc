@@ -134,7 +134,7 @@ TEST_CASE("qcow2: a committed overlay reads the same when any call fails while i
   set_log_sink([](LogLevel, const std::string&) {});
   const Overlay overlay = make_committed();
   const auto expected = bytes_of(overlay.backing);
-  for (uint64_t n = 1;; ++n) {
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto memory = std::make_shared<MemStorage>(overlay.image);
     auto storage = std::make_shared<FaultStorage>(memory);

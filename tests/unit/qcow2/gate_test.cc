@@ -4,8 +4,8 @@
 #include "support/builders.h"
 #include "support/crash_storage.h"
 #include "support/gate_storage.h"
+#include "support/image_view.h"
 #include "support/order_storage.h"
-#include "support/qcow2_view.h"
 
 namespace imgfuse::test {
 namespace {
@@ -14,17 +14,17 @@ constexpr uint64_t kCluster = 65536;
 
 /// A disk with a gate in front of its watched storage. The first guest MiB has a table and data, and is flushed.
 struct GatedDisk {
-  explicit GatedDisk(const OpenSpec& spec = {}, const Qcow2Spec& image = {}) {
-    memory = std::make_shared<MemStorage>(make_qcow2(image));
+  explicit GatedDisk(const MemImage& image, const OpenSpec& spec = {}) {
+    memory = std::make_shared<MemStorage>(image);
     gates = std::make_shared<GateStorage>(std::make_shared<OrderStorage>(memory));
-    disk = must(open_qcow2(gates, spec));
+    disk = must(open_image(gates, spec));
     must(disk->write(GuestOffset(0), old_data));
     must(disk->flush());
   }
   /// Closes, and the image must be sound and without leaks.
   void close() {
     must(disk->close());
-    CHECK(Qcow2View::parse(memory->image())->find_corruption() == "");
+    CHECK(ImageView::parse(memory->image())->find_corruption() == "");
     const CheckReport report = check_image(memory->image());
     CHECK(report.corruptions == 0);
     CHECK(report.leaks == 0);
@@ -54,8 +54,9 @@ std::function<bool(HostRange)> at(HostOffset begin) {
   return [begin](HostRange range) { return range.begin == begin; };
 }
 
-TEST_CASE("qcow2: two allocating writes to one cluster follow each other, and neither is lost") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("two allocating writes to one cluster follow each other, and neither is lost", Kind,
+                   IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::before, of_length(3000));
   auto first = in_background([&] { return d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)); });
   gate->wait_for_arrival();
@@ -72,8 +73,8 @@ TEST_CASE("qcow2: two allocating writes to one cluster follow each other, and ne
   d.close();
 }
 
-TEST_CASE("qcow2: readers of a cluster that is being allocated wait, and see the whole write") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("readers of a cluster that is being allocated wait, and see the whole write", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::after, of_length(3000));
   auto write = in_background([&] { return d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)); });
   gate->wait_for_arrival();
@@ -87,8 +88,8 @@ TEST_CASE("qcow2: readers of a cluster that is being allocated wait, and see the
   d.close();
 }
 
-TEST_CASE("qcow2: writers share a cluster that they write in place") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("writers share a cluster that they write in place", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::before, of_length(3000));
   auto first = in_background([&] { return d.disk->write(GuestOffset(0), pattern(3000, 1)); });
   gate->wait_for_arrival();
@@ -101,8 +102,8 @@ TEST_CASE("qcow2: writers share a cluster that they write in place") {
   d.close();
 }
 
-TEST_CASE("qcow2: a discard waits for a write in flight to its cluster") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("a discard waits for a write in flight to its cluster", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::before, of_length(3000));
   auto write = in_background([&] { return d.disk->write(GuestOffset(kCluster), pattern(3000, 1)); });
   gate->wait_for_arrival();
@@ -119,7 +120,7 @@ TEST_CASE("qcow2: a discard waits for a write in flight to its cluster") {
 }
 
 TEST_CASE("qcow2: a write to a cluster whose former host cluster is being punched gets another one") {
-  GatedDisk d;
+  GatedDisk d(make_qcow2({}));
   const HostOffset before = d.host_of(kCluster);
   must(d.disk->discard({GuestOffset(kCluster), kCluster}));
   const auto gate = d.gates->hold(Call::discard);
@@ -135,8 +136,9 @@ TEST_CASE("qcow2: a write to a cluster whose former host cluster is being punche
   d.close();
 }
 
-TEST_CASE("qcow2: a cluster is not freed under a reader, so that the reader never sees its next owner's data") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("a cluster is not freed under a reader, so that the reader never sees its next owner's data", Kind,
+                   IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const HostOffset host = d.host_of(kCluster);
   const auto gate = d.gates->hold(Call::read, Point::before, at(host));
   auto read = in_background([&] { return d.read(kCluster, kCluster); });
@@ -154,26 +156,26 @@ TEST_CASE("qcow2: a cluster is not freed under a reader, so that the reader neve
   d.close();
 }
 
-TEST_CASE("qcow2: a flush does not wait for a write in flight, and publishes nothing of it") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("a flush does not wait for a write in flight, and publishes nothing of it", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::before, of_length(3000));
   auto write = in_background([&] { return d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)); });
   gate->wait_for_arrival();
 
   must(d.disk->flush());
-  auto crashed = must(open_qcow2(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
+  auto crashed = must(open_image(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
   CHECK(read_all(*crashed, GuestOffset(2_MiB), 3000) == std::vector<std::byte>(3000));
 
   gate->open();
   must(write.get());
   must(d.disk->flush());
-  crashed = must(open_qcow2(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
+  crashed = must(open_image(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
   CHECK(read_all(*crashed, GuestOffset(2_MiB), 3000) == pattern(3000, 1));
   d.close();
 }
 
 TEST_CASE("qcow2: a cluster discarded during a flush is not freed by that flush") {
-  GatedDisk d;
+  GatedDisk d(make_qcow2({}));
   const HostOffset host = d.host_of(kCluster);
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
   const auto gate = d.gates->hold(Call::flush);
@@ -194,8 +196,8 @@ TEST_CASE("qcow2: a cluster discarded during a flush is not freed by that flush"
   d.close();
 }
 
-TEST_CASE("qcow2: a write that is linked during a flush is published by the next one, whole") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("a write that is linked during a flush is published by the next one, whole", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
   const auto gate = d.gates->hold(Call::flush, Point::after);  // the first barrier is done
   auto flush = in_background([&] { return d.disk->flush(); });
@@ -205,14 +207,14 @@ TEST_CASE("qcow2: a write that is linked during a flush is published by the next
 
   gate->open();
   must(flush.get());  // the watched storage would stop an entry without a durable count
-  auto crashed = must(open_qcow2(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
+  auto crashed = must(open_image(std::make_shared<MemStorage>(d.memory->image()), {.read_only = true}));
   CHECK(read_all(*crashed, GuestOffset(2_MiB), 3000) == pattern(3000, 1));
   CHECK(read_all(*crashed, GuestOffset(2_MiB + kCluster), 3000) == std::vector<std::byte>(3000));
   d.close();
 }
 
-TEST_CASE("qcow2: flushes that arrive during a flush share the next one") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("flushes that arrive during a flush share the next one", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
   d.memory->counts().reset();
   const auto gate = d.gates->hold(Call::flush);
@@ -229,10 +231,11 @@ TEST_CASE("qcow2: flushes that arrive during a flush share the next one") {
   d.close();
 }
 
-TEST_CASE("qcow2: a flush that arrives during a flush covers what was written before it arrived") {
-  auto crash = std::make_shared<CrashStorage>(make_qcow2({}));
+TEST_CASE_TEMPLATE("a flush that arrives during a flush covers what was written before it arrived", Kind,
+                   IMG_EVERY_KIND) {
+  auto crash = std::make_shared<CrashStorage>(Kind::image());
   auto gates = std::make_shared<GateStorage>(crash);
-  auto disk = must(open_qcow2(gates));
+  auto disk = must(open_image(gates));
   must(disk->write(GuestOffset(0), pattern(kCluster, 1)));
   must(disk->flush());
   const auto gate = gates->hold(Call::flush, Point::after);  // the running flush is done but for telling so
@@ -250,12 +253,17 @@ TEST_CASE("qcow2: a flush that arrives during a flush covers what was written be
   must(disk->close());
 }
 
-TEST_CASE("qcow2: a table that is being loaded survives evictions, and is loaded once") {
-  // 512 byte clusters: each table maps 32 KiB, and the cache holds its minimum of 16.
-  GatedDisk d({.metadata_cache = 1}, {.size = 16_MiB, .cluster_size = 512});
-  must(d.disk->write(GuestOffset(8_MiB), pattern(512, 1)));
+TEST_CASE_TEMPLATE("a table that is being loaded survives evictions, and is loaded once", Kind, IMG_EVERY_KIND) {
+  // Each table of 4 KiB maps 2 MiB, and the cache holds its minimum of 16.
+  constexpr uint64_t kTable = 2_MiB, kTables = 32, kOther = 100_MiB;
+  GatedDisk d(Kind::image({.size = 128_MiB, .cluster_size = 4096}), {.metadata_cache = 1});
+  for (uint64_t i = 1; i < kTables; ++i) must(d.disk->write(GuestOffset(i * kTable), pattern(512, i)));
+  must(d.disk->write(GuestOffset(kOther), pattern(512, 1)));
   must(d.disk->flush());
-  for (uint64_t i = 0; i < 32; ++i) (void)d.read(i * 32_KiB, 512);  // the table of 8 MiB is gone
+  const auto read_the_others = [&] {
+    for (uint64_t i = 1; i < kTables; ++i) CHECK(d.read(i * kTable, 512) == pattern(512, i));
+  };
+  read_the_others();  // the table of `kOther` is gone
 
   std::atomic<int> loads = 0;
   HostOffset table;
@@ -264,11 +272,11 @@ TEST_CASE("qcow2: a table that is being loaded survives evictions, and is loaded
     if (range.begin == table) ++loads;
     return true;
   });
-  auto first = in_background([&] { return d.read(8_MiB, 512); });
+  auto first = in_background([&] { return d.read(kOther, 512); });
   gate->wait_for_arrival();
-  auto second = in_background([&] { return d.read(8_MiB + 512, 512); });
+  auto second = in_background([&] { return d.read(kOther + 4096, 512); });
   CHECK(waits(second));
-  for (uint64_t i = 0; i < 32; ++i) CHECK(d.read(i * 32_KiB, 512) == d.old(i * 32_KiB, 512));
+  read_the_others();
 
   gate->open();
   CHECK(first.get() == pattern(512, 1));
@@ -277,8 +285,8 @@ TEST_CASE("qcow2: a table that is being loaded survives evictions, and is loaded
   d.close();
 }
 
-TEST_CASE("qcow2: close waits for a flush in flight, and leaves nothing behind") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("close waits for a flush in flight, and leaves nothing behind", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
   must(d.disk->discard({GuestOffset(0), kCluster}));
   const auto gate = d.gates->hold(Call::flush);
@@ -296,8 +304,8 @@ TEST_CASE("qcow2: close waits for a flush in flight, and leaves nothing behind")
   CHECK(report.leaks == 0);
 }
 
-TEST_CASE("qcow2: growing waits for requests in flight") {
-  GatedDisk d;
+TEST_CASE_TEMPLATE("growing waits for requests in flight", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image());
   const auto gate = d.gates->hold(Call::write, Point::before, of_length(3000));
   auto write = in_background([&] { return d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)); });
   gate->wait_for_arrival();

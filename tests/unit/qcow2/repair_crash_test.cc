@@ -56,7 +56,7 @@ TEST_CASE("qcow2 repair: a failing host call is an error, and a later repair fin
     CAPTURE(std::string(damage.name));
     S sample;
     damage.make(sample);
-    for (uint64_t n = 1;; ++n) {
+    for (uint64_t n = 1;; n += fault_step()) {
       auto memory = std::make_shared<MemStorage>(sample.image);
       FaultStorage storage(memory);
       storage.fail_call(n, ErrorCode::io,

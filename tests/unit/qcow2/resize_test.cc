@@ -160,7 +160,7 @@ TEST_CASE("qcow2: a crash while a disk shrinks leaves the old size or the new on
 
 TEST_CASE("qcow2: shrinking may fail at any call") {
   const MemImage image = full_image(false, 2 * kSmall);
-  for (uint64_t n = 1;; ++n) {
+  for (uint64_t n = 1;; n += fault_step()) {
     CAPTURE(n);
     auto memory = std::make_shared<MemStorage>(image);
     auto faults = std::make_shared<FaultStorage>(memory);
@@ -255,7 +255,7 @@ TEST_CASE("qcow2: placing a long L1 table may fail at any call") {
     return memory->image();
   }();
   for (const ErrorCode code : {ErrorCode::io, ErrorCode::no_space})
-    for (uint64_t n = 1;; ++n) {
+    for (uint64_t n = 1;; n += fault_step()) {
       CAPTURE(n);
       auto memory = std::make_shared<MemStorage>(image);
       auto faults = std::make_shared<FaultStorage>(memory);

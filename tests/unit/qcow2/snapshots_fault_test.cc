@@ -168,7 +168,7 @@ TEST_CASE("qcow2 snapshots: an operation may fail at any call") {
     for (const Kind& kind : kinds) {
       CAPTURE(operation.name);
       CAPTURE(kind.name);
-      for (uint64_t n = 1;; ++n) {
+      for (uint64_t n = 1;; n += fault_step()) {
         CAPTURE(n);
         REQUIRE(n < 2000);
         auto crash = std::make_shared<CrashStorage>(situation.image);
