@@ -43,14 +43,13 @@ std::unique_ptr<Disk> make_raw_disk(MemImage content) {
 }
 
 MemImage make_qed(const QedSpec& spec) {
-  CreateOptions options;
-  options.size = spec.size;
-  options.cluster_size = spec.cluster_size;
-  options.table_size = spec.table_size;
-  options.backing_file = spec.backing;
-  if (spec.backing) options.backing_format = "raw";
   MemStorage storage;
-  must(qed::create(storage, options));
+  must(qed::create(storage, {.format = "qed",
+                             .size = spec.size,
+                             .backing_file = spec.backing,
+                             .backing_format = spec.backing ? std::optional<std::string>("raw") : std::nullopt,
+                             .cluster_size = spec.cluster_size,
+                             .table_size = spec.table_size}));
   return storage.image();
 }
 
