@@ -4,10 +4,10 @@ import unittest
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-WANTED = {str(n) for n in range(1, 101)} | {'q%d' % n for n in range(1, 61)} | {'qed', 'fvd'}
-NOT_BUILT = {'not yet built: ' + system for system in ('qed', 'fvd', 'mirror')}
+WANTED = {str(n) for n in range(1, 101)} | {'q%d' % n for n in range(1, 61)} | {'e%d' % n for n in range(1, 16)} | {'qed', 'fvd'}
+NOT_BUILT = {'not yet built: ' + system for system in ('fvd', 'mirror')}
 
-ROW = re.compile(r'^\| (q?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
+ROW = re.compile(r'^\| ([qe]?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
 NAMED = re.compile(r'`([^`]+)`: `([^`]+)`')
 CASE = re.compile(r'TEST_CASE(?:_TEMPLATE)?\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)[,)]')
 
@@ -45,7 +45,7 @@ class Rules(unittest.TestCase):
     def test_every_test_with_a_number_is_named_by_its_rule(self):
         named = {(file, name) for _, _, tests in rows() for file, name in NAMED.findall(tests)}
         stray = ['%s: %s' % (path.relative_to(TESTS), name) for path in TESTS.rglob('*_test.cc')
-                 for name in names_in(path) if re.match(r'rules? q?\d', name)
+                 for name in names_in(path) if re.match(r'rules? [qe]?\d', name)
                  and (str(path.relative_to(TESTS)), name) not in named]
         self.assertEqual(stray, [])
 
