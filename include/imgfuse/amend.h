@@ -23,9 +23,9 @@ struct AmendOptions {
 /// old or the new header.
 Result<> amend_image(const std::string& path, const AmendOptions& options);
 
-/// Records another backing file, by name and format ("raw", "qcow2" or "qed"); an empty name records none. Nothing is copied
-/// or compared: what the disk reads as changes unless the two backing files are alike. The name is stored as given and
-/// the file not looked at.
+/// Records another backing file, by name and format ("raw", "qcow2" or "qed"); an empty name records none. Nothing is
+/// copied or compared: what the disk reads as changes unless the two backing files are alike. The name is stored as
+/// given and the file not looked at.
 Result<> change_backing(const std::string& path, const std::string& name, const std::optional<std::string>& format);
 
 }  // namespace imgfuse

@@ -47,10 +47,9 @@ TEST_CASE("registry: a file of another format is not presented as a raw disk") {
     std::string_view name, head;
     size_t offset = 0;
   };
-  for (const Case& foreign :
-       {Case{"qcow", "QFI\xfb\0\0\0\1"sv}, Case{"vmdk", "KDMV"sv}, Case{"vmdk", "COWD"sv},
-        Case{"vhdx", "vhdxfile"sv}, Case{"vpc", "conectix"sv}, Case{"luks", "LUKS\xba\xbe"sv},
-        Case{"vdi", "\x7f\x10\xda\xbe"sv, 64}, Case{"fvd", "\xa9\xf5\x43\x51"sv}}) {
+  for (const Case& foreign : {Case{"qcow", "QFI\xfb\0\0\0\1"sv}, Case{"vmdk", "KDMV"sv}, Case{"vmdk", "COWD"sv},
+                              Case{"vhdx", "vhdxfile"sv}, Case{"vpc", "conectix"sv}, Case{"luks", "LUKS\xba\xbe"sv},
+                              Case{"vdi", "\x7f\x10\xda\xbe"sv, 64}, Case{"fvd", "\xa9\xf5\x43\x51"sv}}) {
     CAPTURE(std::string(foreign.name));
     const auto format = probe(foreign.head, foreign.offset);
     REQUIRE(!format);
