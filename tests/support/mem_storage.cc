@@ -49,8 +49,10 @@ MemImage::Page& MemImage::own_page(uint64_t index) {
   std::shared_ptr<Page>& page = pages_[index];
   if (!page) {
     page = std::make_shared<Page>();  // zeros
-  } else if (page.use_count() > 1) {
-    page = std::make_shared<Page>(*page);
+  } else {
+    // Counting it once more, unlike looking at the count, comes after what other threads did with copies that are gone.
+    const std::shared_ptr<Page> held = page;
+    if (held.use_count() > 2) page = std::make_shared<Page>(*held);
   }
   return *page;
 }

@@ -312,7 +312,7 @@ TEST_CASE("qcow2 create: a failing host call is an error, and leaves nothing tha
   CreateOptions options = sized(1_MiB);
   options.preallocation = Preallocation::full;
   int failures = 0;
-  for (uint64_t n = 1;; n += fault_step()) {
+  for (uint64_t n = 1;; ++n) {
     auto memory = std::make_shared<MemStorage>();
     FaultStorage storage(memory);
     storage.fail_call(n, ErrorCode::no_space);
