@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "imgfuse/background_copy.h"
 #include "imgfuse/bitmaps.h"
 #include "imgfuse/error.h"
 #include "imgfuse/open.h"
@@ -74,6 +75,21 @@ struct Qcow2Info {
   bool data_file_raw = false;
 };
 
+/// The FVD part of ImageInfo. Sizes are in bytes.
+struct FvdInfo {
+  bool all_data_in_image = true;  ///< no base, or everything was copied from it
+  bool compact = false;
+  uint64_t block_size = 0;         ///< with a base
+  uint64_t base_size = 0;          ///< what of it counts
+  uint64_t chunk_size = 0;         ///< (compact)
+  uint64_t storage_grow_unit = 0;  ///< (compact)
+  std::string add_storage_command;
+  uint64_t journal_size = 0;
+  bool need_zero_init = false;
+  CopySettings copying;
+  std::optional<std::string> data_file, data_file_format;
+};
+
 struct ImageInfo {
   std::string filename;
   std::string format;
@@ -88,6 +104,7 @@ struct ImageInfo {
   std::vector<SnapshotInfo> snapshots;
   std::optional<Qcow2Info> qcow2;
   std::optional<std::string> full_data_file;  ///< resolved against the image's directory
+  std::optional<FvdInfo> fvd;
 };
 
 /// Reads the image's own header; never opens what the image names.

@@ -12,15 +12,16 @@
 
 namespace imgfuse {
 
+class BackgroundCopy;
 class Bitmaps;
 class Snapshots;
 
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
 struct DiskInfo {
   std::string name;           ///< the image's path, for messages
-  std::string format;         ///< "raw", "qcow2", "qed"
+  std::string format;         ///< "raw", "qcow2", "qed", "fvd"
   uint64_t size = 0;          ///< virtual size in bytes
-  uint32_t cluster_size = 0;  ///< unit of allocation in bytes, a power of two; raw: 4096
+  uint32_t cluster_size = 0;  ///< unit of allocation in bytes, any multiple of 512; raw: 4096
   bool read_only = true;
   uint32_t subcluster_size = 0;  ///< unit in which clusters are filled and discarded; 0: the cluster size
 };
@@ -104,6 +105,8 @@ class Disk {
   virtual Snapshots* snapshots() { return nullptr; }
   /// Persistent dirty bitmaps, where the format has them (else null).
   virtual Bitmaps* bitmaps() { return nullptr; }
+  /// What is copied from the backing file in the background (else null).
+  virtual BackgroundCopy* background_copy() { return nullptr; }
 
  private:
   virtual DiskInfo do_info() const = 0;

@@ -40,6 +40,15 @@ struct OpenOptions {
   std::optional<std::string> chain_end;
   /// The external data file of the image opened here, whatever the image says and wherever it lies.
   std::optional<std::string> data_file;
+  /// Format of data files whose images do not record it (FVD).
+  std::optional<std::string> data_format;
+  /// Images may have their own command run that makes a block device longer (FVD).
+  bool allow_storage_command = false;
+  /// Backing files are copied into the image opened here as these options say, and as the image itself does (FVD).
+  /// Otherwise none of that happens.
+  bool copy_in_background = false;
+  bool copy_on_read = false;         ///< what is read from a backing file is kept in the image
+  std::optional<uint64_t> prefetch;  ///< everything is copied, this many bytes a second; 0: as fast as it goes
 };
 
 /// Longest backing chain that is opened.

@@ -1,5 +1,7 @@
 #include "imgfuse/disk.h"
 
+#include "base/math.h"
+
 namespace imgfuse {
 
 Result<> Disk::check_range(GuestOffset offset, uint64_t length) const {
@@ -17,9 +19,8 @@ Result<> Disk::check_writable() const {
 
 /// The unit that the end of the disk cuts counts as whole.
 GuestRange Disk::whole_units(GuestRange range, uint32_t unit) const {
-  const uint64_t mask = unit - 1;
-  const uint64_t begin = (range.begin.bytes() + mask) & ~mask;
-  const uint64_t end = range.end().bytes() == do_size() ? do_size() : range.end().bytes() & ~mask;
+  const uint64_t begin = round_up(range.begin.bytes(), unit);
+  const uint64_t end = range.end().bytes() == do_size() ? do_size() : round_down(range.end().bytes(), unit);
   return {GuestOffset(begin), end > begin ? end - begin : 0};
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/math.h"
+#include "imgfuse/background_copy.h"
 #include "imgfuse/bitmaps.h"
 #include "imgfuse/snapshots.h"
 
@@ -36,6 +37,15 @@ Result<Preallocation> parse_preallocation(const std::string& word) {
   for (const auto& [name, mode] : kPreallocations)
     if (word == name) return mode;
   return fail(ErrorCode::invalid, "preallocation is \"{}\"; it can be off, metadata, falloc or full", word);
+}
+
+Json describe(const BackgroundCopy::Progress& progress) {
+  constexpr std::array kStates = {"waiting", "running", "pausing", "finished", "failed", "off"};
+  return {{"state", kStates[static_cast<size_t>(progress.state)]},
+          {"done", progress.done},
+          {"total", progress.total},
+          {"copied-on-read", progress.copied_on_read},
+          {"skipped-on-read", progress.skipped_on_read}};
 }
 
 Json describe(const SnapshotInfo& snapshot) {
@@ -94,6 +104,7 @@ Result<Json> Commands::info(Arguments& arguments) {
   json["read-only"] = disk.read_only;
   json["snapshots"] = disk_.snapshots() != nullptr;
   json["bitmaps"] = disk_.bitmaps() != nullptr;
+  if (const BackgroundCopy* copy = disk_.background_copy()) json["background-copy"] = describe(copy->progress());
   return json;
 }
 

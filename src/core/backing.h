@@ -25,8 +25,8 @@ using DataFileOpener = std::function<Result<std::shared_ptr<Storage>>(const std:
 
 /// Formats that a backing file may have.
 inline Result<> check_backing_format(const std::string& format) {
-  if (format == "raw" || format == "qcow2" || format == "qed") return {};
-  return fail(ErrorCode::invalid, "backing format {:?} is none of raw, qcow2 and qed", format);
+  if (format == "raw" || format == "qcow2" || format == "qed" || format == "fvd") return {};
+  return fail(ErrorCode::invalid, "backing format {:?} is none of raw, qcow2, qed and fvd", format);
 }
 
 /// Reads from a backing file of `size` bytes, which may be null and shorter: zeros past its end.

@@ -19,6 +19,7 @@ constexpr std::array kMagics = {
     Magic{0, "QFI\xfb"sv, "qcow2"},
     Magic{0, "QED\0"sv, "qed"},
     Magic{0, "\xa9\xf5\x43\x51"sv, "fvd"},
+    Magic{0, "FVD\0"sv, "fvd"},  // a later draft, which the driver refuses
     Magic{0, "KDMV"sv, "vmdk"},
     Magic{0, "COWD"sv, "vmdk"},
     Magic{0, "# Disk DescriptorFile"sv, "vmdk"},

@@ -27,6 +27,11 @@ struct FormatOpenParameters {
   std::optional<std::string> compress;             ///< OpenOptions::compress, for the top image
   BackingOpener open_backing;
   DataFileOpener open_data_file;
+  /// Presents a data file of another format as what it holds; for data files that are raw it is the file itself.
+  std::function<Result<std::shared_ptr<Storage>>(std::shared_ptr<Storage>, const std::optional<std::string>& format)>
+      open_data_format;
+  /// Runs an image's own command that makes a device longer by `bytes`; null: no image's commands are run.
+  std::function<Result<>(const std::string& command, uint64_t bytes, const std::string& device)> grow_device;
 };
 
 /// A driver's doors.
@@ -34,7 +39,8 @@ struct Format {
   std::string_view name;
   Result<std::unique_ptr<Disk>> (*open)(std::shared_ptr<Storage>, FormatOpenParameters);
   Result<> (*check_create_options)(const CreateOptions&);
-  Result<> (*create)(Storage&, const CreateOptions&);
+  /// The backing disk is open where there is one.
+  Result<> (*create)(Storage&, const CreateOptions&, Disk* backing);
   Result<CheckReport> (*check)(Storage&, Repair, const CheckSink&);
   Result<ImageInfo> (*info)(Storage&);
   Result<> (*amend)(std::shared_ptr<Storage>, const AmendOptions&, BackingOpener);

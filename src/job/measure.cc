@@ -137,6 +137,34 @@ Result<Measurement> measure_qed(Disk* source, uint64_t size, const CreateOptions
   return measurement;
 }
 
+/// Header, bitmap, table and journal, and the chunks that hold data.
+Result<Measurement> measure_fvd(Disk* source, uint64_t size, const CreateOptions& target) {
+  constexpr uint64_t kPage = 4096, kHeader = 8192, kDefaultJournal = 16_MiB, kEntriesPerSector = 121;
+  const FvdCreateOptions& fvd = target.fvd;
+  const uint64_t chunk = round_up(fvd.chunk_size, kPage);
+  if (fvd.chunk_size == 0 || fvd.chunk_size >> 40 || fvd.block_size.value_or(kSector) == 0)
+    return fail(ErrorCode::invalid, "there are no FVD images with chunks of {} bytes and blocks of {}", fvd.chunk_size,
+                fvd.block_size.value_or(kSector));
+  const uint64_t chunks = fvd.compact ? divide_up(size, chunk) : 0;
+  uint64_t metadata = kHeader + round_up(chunks * 4, kPage);
+  if (target.backing_file) {
+    uint64_t block = round_up(fvd.block_size.value_or(kSector), kSector);
+    while (!fvd.block_size && divide_up(divide_up(size, block), 8) > 4_MiB) block *= 2;
+    metadata += round_up(divide_up(divide_up(size, block), 8), kPage);
+  }
+  if (fvd.journal && (fvd.compact || target.backing_file))
+    metadata += round_up(
+        std::max(fvd.journal_size.value_or(kDefaultJournal), divide_up(chunks, kEntriesPerSector) * kSector), kPage);
+  Measurement measurement{.required = metadata, .fully_allocated = metadata + (fvd.compact ? chunks * chunk : size)};
+  if (!fvd.compact || (source && target.backing_file)) {
+    measurement.required = measurement.fully_allocated;
+  } else if (source) {
+    IMG_LET(const uint64_t used, data_clusters(*source, chunk));
+    measurement.required += used * chunk;
+  }
+  return measurement;
+}
+
 }  // namespace
 
 Result<Measurement> measure(Disk* source, const CreateOptions& target) {
@@ -144,8 +172,9 @@ Result<Measurement> measure(Disk* source, const CreateOptions& target) {
   const uint64_t size = source ? source->size() : *target.size;
   if (target.format == "qcow2") return measure_qcow2(source, size, target);
   if (target.format == "qed") return measure_qed(source, size, target);
+  if (target.format == "fvd") return measure_fvd(source, size, target);
   if (target.format != "raw")
-    return fail(ErrorCode::unsupported, "format {} cannot be measured; raw, qcow2 and qed can", target.format);
+    return fail(ErrorCode::unsupported, "format {} cannot be measured; raw, qcow2, qed and fvd can", target.format);
   // Holes count: a raw file is as long as its disk.
   return Measurement{.required = round_up(size, kSector), .fully_allocated = round_up(size, kSector), .bitmaps = {}};
 }

@@ -7,6 +7,9 @@
 #include <cerrno>
 
 #include "base/unique_fd.h"
+#include "core/disk_storage.h"
+#include "layer/copying_disk.h"
+#include "open/storage_command.h"
 #include "storage/host_file.h"
 
 namespace imgfuse {
@@ -27,6 +30,25 @@ Result<UniqueFd> open_given(const std::string& path, PathPolicy::Access access) 
   return fd;
 }
 
+/// The disk with what copies its backing file in the background, if anybody asks for that.
+Result<std::unique_ptr<Disk>> copying(std::unique_ptr<Disk> disk, const Layer& top, const OpenOptions& options) {
+  const auto info = top.format->info(*top.storage);
+  const bool possible = info && info->backing_filename && !disk->info().read_only;
+  CopyOptions copy{.everything = options.prefetch.has_value(), .rate = options.prefetch.value_or(0)};
+  if (info && info->fvd) {
+    copy.settings = info->fvd->copying;
+    if (copy.settings.max_outstanding_copy_on_read < 2 * info->fvd->block_size)
+      copy.settings.max_outstanding_copy_on_read = info->fvd->block_size;
+    copy.everything = copy.everything || copy.settings.start_delay > 0;
+  } else {
+    copy.settings.throttle_time = 0;
+  }
+  if (options.prefetch) copy.settings.start_delay = 0;
+  if (options.copy_on_read) copy.settings.copy_on_read = true;
+  if (!possible || (!copy.everything && !copy.settings.copy_on_read)) return disk;
+  return std::make_unique<CopyingDisk>(std::move(disk), std::move(copy));
+}
+
 Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOptions& options) {
   IMG_LET(const Layer top, open_top(path, options, !options.read_only));
   IMG_LET(Chain chain, Chain::below(path, options));
@@ -37,7 +59,7 @@ Result<std::unique_ptr<Disk>> open_whole(const std::string& path, const OpenOpti
     (void)disk->close();
     return fail(reached.error());
   }
-  return disk;
+  return options.copy_in_background ? copying(std::move(disk), top, options) : std::move(disk);
 }
 
 }  // namespace
@@ -91,8 +113,9 @@ Result<const Format*> Chain::recorded_format(const std::optional<std::string>& f
   if (format) return format_by_name(*format);
   if (options_.backing_format) return format_by_name(*options_.backing_format);
   if (probes) return nullptr;
-  return fail(ErrorCode::invalid,
-              "the image that names it does not record its format; give it with --backing-format raw, qcow2 or qed");
+  return fail(
+      ErrorCode::invalid,
+      "the image that names it does not record its format; give it with --backing-format raw, qcow2, qed or fvd");
 }
 
 Result<Layer> Chain::open_named(const std::string& naming_path, const std::string& name,
@@ -133,18 +156,56 @@ uint64_t Chain::metadata_cache() const {
   return std::max(options_.metadata_cache >> depth, std::min(kSmallestCache, options_.metadata_cache));
 }
 
-Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_only) {
-  FormatOpenParameters parameters{
-      .read_only = read_only, .probed = layer.probed, .metadata_cache = metadata_cache(), .snapshot = layer.snapshot};
-  parameters.open_backing = [this, &layer](const std::string& name, const std::optional<std::string>& format) {
-    return open_backing(layer.path, name, format, layer.format->probes_backing);
+/// `path` is whose names are followed; it outlives the opening.
+FormatOpenParameters Chain::parameters_for(const std::string& path, const Format& opened, bool read_only) {
+  FormatOpenParameters parameters{.read_only = read_only, .metadata_cache = metadata_cache()};
+  parameters.open_backing = [this, &path, probes = opened.probes_backing](const std::string& name,
+                                                                          const std::optional<std::string>& recorded) {
+    return open_backing(path, name, recorded, probes);
   };
-  parameters.open_data_file = [this, &layer, read_only](const std::optional<std::string>& name) {
-    return open_data_file(layer, name, read_only);
+  parameters.open_data_file = [this, &path, read_only](const std::optional<std::string>& name) {
+    return open_data_file(path, name, read_only);
   };
+  parameters.open_data_format = [this, read_only](std::shared_ptr<Storage> file,
+                                                  const std::optional<std::string>& format) {
+    return open_data_format(std::move(file), format, read_only);
+  };
+  if (options_.allow_storage_command) parameters.grow_device = run_storage_command;
   parameters.compressed_cache = compressed_cache_;
+  return parameters;
+}
+
+Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_only) {
+  FormatOpenParameters parameters = parameters_for(layer.path, *layer.format, read_only);
+  parameters.probed = layer.probed;
+  parameters.snapshot = layer.snapshot;
   if (!read_only) parameters.compress = options_.compress;
   return layer.format->open(layer.storage, std::move(parameters));
+}
+
+/// Never guessed for the same reason as in recorded_format(), but a file that looks raw can be nothing else.
+Result<std::shared_ptr<Storage>> Chain::open_data_format(std::shared_ptr<Storage> file,
+                                                         const std::optional<std::string>& format, bool read_only) {
+  const std::string path = file->info().name;
+  const auto open = [&]() -> Result<std::shared_ptr<Storage>> {
+    const Format* found = nullptr;
+    if (format || options_.data_format) {
+      IMG_LET(found, format_by_name(format ? *format : *options_.data_format));
+    } else {
+      IMG_LET(found, probe_format(*file));
+      if (found->name != "raw")
+        return fail(ErrorCode::invalid,
+                    "it looks like {}, but the image that names it does not record its format; give it with "
+                    "-o data_format=",
+                    found->name);
+    }
+    if (found->name == "raw") return file;
+    IMG_LET(std::unique_ptr<Disk> disk, found->open(std::move(file), parameters_for(path, *found, read_only)));
+    return std::make_shared<DiskStorage>(std::move(disk));
+  };
+  auto storage = open();
+  if (!storage) return fail(locate(storage.error(), "data", path));
+  return storage;
 }
 
 /// Only the file that is at fault is named, not the two hundred above it.
@@ -154,15 +215,15 @@ Error Chain::locate(Error error, const char* what, const std::string& path) {
 }
 
 /// Under the same policy as a backing file, and for better reason, since it may be written to.
-Result<std::shared_ptr<Storage>> Chain::open_data_file(const Layer& layer, const std::optional<std::string>& name,
-                                                       bool read_only) {
+Result<std::shared_ptr<Storage>> Chain::open_data_file(const std::string& naming_path,
+                                                       const std::optional<std::string>& name, bool read_only) {
   const bool given = options_.data_file && files_.size() <= 1;
   if (!given && !name)
     return fail(ErrorCode::invalid, "the image does not name its data file; mount it with --data-file");
-  const std::string path = given ? *options_.data_file : resolve_name(layer.path, *name);
+  const std::string path = given ? *options_.data_file : resolve_name(naming_path, *name);
   const auto open = [&]() -> Result<std::shared_ptr<FileStorage>> {
     const auto access = read_only ? PathPolicy::Access::read : PathPolicy::Access::write;
-    IMG_LET(UniqueFd fd, given ? open_given(path, access) : policy_.open(*name, layer.path, access));
+    IMG_LET(UniqueFd fd, given ? open_given(path, access) : policy_.open(*name, naming_path, access));
     IMG_LET(const FileId file, file_id(fd.get()));
     if (contains(file))
       return fail(ErrorCode::corrupt, "it is the image itself, or another image of its chain, or the data file of one");

@@ -55,8 +55,11 @@ class Chain {
     if (options.compressed_cache > 0) compressed_cache_ = std::make_shared<ClusterCache>(options.compressed_cache);
   }
 
-  Result<std::shared_ptr<Storage>> open_data_file(const Layer& layer, const std::optional<std::string>& name,
-                                                  bool read_only);
+  Result<std::shared_ptr<Storage>> open_data_file(const std::string& naming_path,
+                                                  const std::optional<std::string>& name, bool read_only);
+  FormatOpenParameters parameters_for(const std::string& path, const Format& opened, bool read_only);
+  Result<std::shared_ptr<Storage>> open_data_format(std::shared_ptr<Storage> file,
+                                                    const std::optional<std::string>& format, bool read_only);
   Result<const Format*> recorded_format(const std::optional<std::string>& format, bool probes) const;
   Result<bool> is_end(const std::string& naming_path, const std::string& name);
   uint64_t metadata_cache() const;

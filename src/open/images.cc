@@ -23,6 +23,7 @@ Result<ImageInfo> layer_info(const Layer& layer) {
   IMG_LET(info.actual_size, layer.storage->allocated());
   if (info.backing_filename) info.full_backing_filename = resolve_name(layer.path, *info.backing_filename);
   if (info.qcow2 && info.qcow2->data_file) info.full_data_file = resolve_name(layer.path, *info.qcow2->data_file);
+  if (info.fvd && info.fvd->data_file) info.full_data_file = resolve_name(layer.path, *info.fvd->data_file);
   return info;
 }
 
@@ -189,14 +190,14 @@ Result<NewFile> create_data_file(const std::string& image_path, const Chain& cha
   if (raw.preallocation == Preallocation::metadata) raw.preallocation = Preallocation::off;
   IMG_LET(const Format* format, format_by_name(raw.format));
   IMG_TRY(file.storage().resize(0));
-  IMG_TRY(format->create(file.storage(), raw));
+  IMG_TRY(format->create(file.storage(), raw, nullptr));
   return file;
 }
 
 Result<> create_checked(const std::string& path, CreateOptions options) {
   IMG_LET(const Format* format, format_by_name(options.format));
   if (options.backing_file && !options.backing_format)
-    return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2 or qed: add --backing-format");
+    return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2, qed or fvd: add --backing-format");
   IMG_LET(Chain chain, Chain::below(path, {.allowed_directories = options.allowed_directories}));
 
   // The backing chain stays open, and so locked, until the new image stands.
@@ -215,13 +216,13 @@ Result<> create_checked(const std::string& path, CreateOptions options) {
 
   IMG_LET(NewFile file, NewFile::open(path, NewFile::Existing::replaced, options.durable));
   std::optional<NewFile> data_file;
-  if (options.data_file) {
+  if (options.data_file && options.format == "qcow2") {  // that of an FVD image is the user's, and may hold the disk
     auto made = create_data_file(path, chain, file.storage().id(), options);
     if (!made) return fail(made.error().during("data file {}", printable(resolve_name(path, *options.data_file))));
     data_file.emplace(std::move(*made));
   }
   IMG_TRY(file.storage().resize(0));
-  IMG_TRY(format->create(file.storage(), options));
+  IMG_TRY(format->create(file.storage(), options, backing.get()));
   if (data_file) IMG_TRY(data_file->keep());
   IMG_TRY(file.keep());
   return backing ? backing->close() : Result<>{};

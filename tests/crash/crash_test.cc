@@ -11,6 +11,7 @@
 #include "base/math.h"
 #include "support/builders.h"
 #include "support/crash_storage.h"
+#include "support/fvd_view.h"
 #include "support/image_view.h"
 #include "support/model_disk.h"
 #include "support/order_storage.h"
@@ -40,16 +41,25 @@ struct Scenario {
   bool extended_l2 = false;
   bool lazy_refcounts = false;
   DataFile data_file = DataFile::none;
-  uint32_t table_size = 0;  ///< of a QED image; 0: it is qcow2
+  uint32_t table_size = 0;          ///< of a QED image; 0: it is qcow2
+  std::optional<FvdSpec> fvd = {};  ///< it is FVD: its own options
+  bool copies = false;              ///< in between the backing file is copied
   const char* format() const { return table_size > 0 ? "qed" : "qcow2"; }
   /// Guest bytes that one L2 table maps, 8 bytes to a cluster.
   uint64_t coverage() const { return uint64_t{cluster_size} / 8 * cluster_size * std::max(table_size, 1u); }
   /// It does not open tables of one cluster, and computes the largest disk modulo 2^64.
   bool opens_in_qemu() const {
     const uint64_t entries = uint64_t{cluster_size} / 8 * table_size;
+    if (fvd) return false;
     return table_size == 0 || (table_size > 1 && 2 * std::countr_zero(entries) + std::countr_zero(cluster_size) < 64);
   }
   std::string text() const {
+    if (fvd)
+      return fmt::format("FVD, {}, block size {}, chunk size {}, journal {}{}{}{}",
+                         fvd->own.compact ? "compact" : "not compact", fvd->own.block_size.value_or(0),
+                         fvd->own.chunk_size, fvd->own.journal ? fvd->own.journal_size.value_or(0) : 0,
+                         start == Start::backing ? ", with base" : "", copies ? ", being copied" : "",
+                         data_file == DataFile::none ? "" : ", data file");
     if (table_size > 0)
       return fmt::format("QED, cluster size {}, table size {}{}", cluster_size, table_size,
                          start == Start::backing ? ", with backing" : "");
@@ -103,6 +113,7 @@ struct Beginning {
 uint64_t disk_size(const Scenario& scenario) {
   const uint64_t cluster_size = scenario.cluster_size;
   if (scenario.start == Start::crowded) return 4_MiB;
+  if (scenario.fvd) return 4_MiB + 1536;
   if (scenario.table_size > 0)
     return std::min<uint64_t>(scenario.coverage() * 3, 20_GiB) + round_down(cluster_size / 2, 512);
   return std::min<uint64_t>(scenario.coverage() * 3, 300_MiB) +
@@ -126,6 +137,7 @@ MemImage random_content(uint64_t size, const std::vector<GuestRange>& windows, R
 Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows, const TemporaryDirectory& directory,
                 Rng& rng) {
   const uint64_t size = disk_size(scenario);
+  Beginning beginning;
   Qcow2Spec spec{size, scenario.cluster_size, scenario.refcount_bits, scenario.version, {}};
   spec.extended_l2 = scenario.extended_l2;
   spec.lazy_refcounts = scenario.lazy_refcounts;
@@ -133,10 +145,17 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
   spec.data_file_raw = scenario.data_file == DataFile::raw;
   spec.compression = scenario.compress.value_or("zlib");
   const auto make = [&] {
+    if (scenario.fvd) {
+      FvdSpec fvd = *scenario.fvd;
+      fvd.size = size;
+      fvd.base = scenario.start == Start::backing;
+      fvd.base_size = round_up(beginning.backing.size(), 512);
+      if (spec.data_file) fvd.data_file = "data.raw";
+      return make_fvd(fvd);
+    }
     return scenario.table_size == 0 ? make_qcow2(spec)
                                     : make_qed({size, scenario.cluster_size, scenario.table_size, spec.backing});
   };
-  Beginning beginning;
   beginning.content.resize(size);
   if (spec.data_file) beginning.files.data.resize(size);
   const std::string image = directory / "start.qcow2";
@@ -146,7 +165,6 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
       break;
     case Start::backing:
       spec.backing = "backing.raw";
-      beginning.files.image = make();
       beginning.backing = random_content(size, windows, rng);
       if (rng.one_in(2)) {  // longer than the overlay: what growth gains must not show it
         beginning.backing.write(size, pattern(scenario.cluster_size * 4, rng.next()));
@@ -155,6 +173,7 @@ Beginning begin(const Scenario& scenario, const std::vector<GuestRange>& windows
       }
       beginning.content = beginning.backing;
       beginning.content.resize(size);
+      beginning.files.image = make();
       break;
     case Start::snapshot: {
       beginning.content = random_content(size, windows, rng);
@@ -248,7 +267,9 @@ class CrashRun {
     auto disk = must(open_image(
         ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress, .data = data}));
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
+      if (scenario_.copies && rng_.one_in(3)) copy(*disk, model);
       Result<> result = random_request(*disk, model, workload_, rng_, request_);
+      if (scenario_.fvd && !result && result.error().code() == ErrorCode::unsupported) break;  // no room for the table
       require(result.has_value(), result ? "" : result.error().text());
     }
     request_ = "close";
@@ -257,6 +278,17 @@ class CrashRun {
     storage->set_observer({});
     data->set_observer({});
     if (!failed_) require_equal(model, {storage->image(), data->image()}, depth == 0);
+  }
+
+  /// From the backing file, as in the background; sometimes everything, and then it is not used any more.
+  void copy(Disk& disk, const ModelDisk& model) {
+    const GuestRange window = model.windows()[rng_.below(model.windows().size())];
+    const uint64_t begin = rng_.below(window.length);
+    GuestRange range{window.begin + begin, rng_.between(1, window.length - begin)};
+    if (rng_.one_in(30)) range = {GuestOffset(0), disk.size()};
+    request_ = fmt::format("copy {:#x}+{:#x}", range.begin.bytes(), range.length);
+    const Result<> copied = disk.populate(range);
+    require(copied.has_value(), copied ? "" : copied.error().text());
   }
 
   /// Looks at some of the images that a crash at this moment may leave.
@@ -298,10 +330,15 @@ class CrashRun {
       const CheckReport report = check_image(crashed.image);
       require(report.corruptions == 0 && report.check_errors == 0, "the check finds corruptions");
     }
+    if (const auto* fvd = dynamic_cast<const FvdView*>(view.get()); fvd && !failed_) {
+      auto raw = make_raw_disk(fvd->content(model.windows(), backing_, &crashed.data));
+      require((wrong_ = model.compare(*raw)).empty(), "the independent reader: " + wrong_);
+    }
     if (!failed_) {
       const auto data = std::make_shared<MemStorage>(crashed.data);
+      const bool read_only = rng_.one_in(4);
       auto disk = open_image(std::make_shared<MemStorage>(crashed.image),
-                             {.metadata_cache = 64_KiB, .backing = backing_, .data = data});
+                             {.read_only = read_only, .metadata_cache = 64_KiB, .backing = backing_, .data = data});
       require(disk.has_value(), disk ? "" : disk.error().text());
       if (!disk) return save(crashed);
       const std::string wrong = model.compare(**disk);
@@ -314,11 +351,11 @@ class CrashRun {
       confirm(crashed);
       if (ImageView::parse(found.image)->is_lazy()) confirm(found);
     }
-    if (depth == 0 && rng_.one_in(10)) live_again(found, model);
+    if (depth < 2 && rng_.one_in(10)) live_again(found, model, depth + 1);
   }
 
   /// Goes on with a crashed image for a few requests, with crashes.
-  void live_again(const Files& crashed, const ModelDisk& model) {
+  void live_again(const Files& crashed, const ModelDisk& model, int depth) {
     ModelDisk survivor = model;
     {
       auto disk = must(open_for_reading(crashed));
@@ -326,7 +363,7 @@ class CrashRun {
       require(wrong.empty(), wrong);
     }
     const std::string before = request_;
-    live(crashed, survivor, 3, 1);
+    live(crashed, survivor, 3, depth);
     request_ = before;
   }
 
@@ -365,8 +402,9 @@ class CrashRun {
     const std::string wrong = model.compare_exactly(*disk);
     require(wrong.empty(), "after close: " + wrong);
     require_raw(*disk, files.data, model);
-    require(scenario_.data_file == DataFile::none || !without_leaks || files.data.size() == disk->size(),
-            "after close: the data file is not as long as the disk");
+    require(
+        scenario_.data_file == DataFile::none || scenario_.fvd || !without_leaks || files.data.size() == disk->size(),
+        "after close: the data file is not as long as the disk");
     require(!ImageView::parse(files.image)->is_dirty(), "after close: dirty");
     const CheckReport report = check_image(files.image);
     require(report.corruptions == 0 && report.check_errors == 0, "after close: corruptions");
@@ -466,6 +504,36 @@ std::vector<Scenario> qed_scenarios() {
   return all;
 }
 
+std::vector<Scenario> fvd_scenarios() {
+  std::vector<Scenario> all;
+  for (const bool compact : {false, true})
+    for (const Start start : {Start::empty, Start::backing})
+      for (const std::optional<uint64_t> journal :
+           {std::optional<uint64_t>(), std::optional<uint64_t>(4096), std::optional<uint64_t>(65536)})
+        for (const uint32_t block : {512u, 7680u, 65536u})
+          for (const bool copies : {false, true}) {
+            if (start == Start::empty && (copies || block != 512)) continue;
+            FvdSpec spec;
+            spec.own.compact = compact;
+            if (start == Start::backing) spec.own.block_size = block;
+            spec.own.chunk_size = block == 7680 ? 122880 : block == 512 ? 16384 : 131072;
+            spec.own.storage_grow_unit = 262144;
+            spec.own.journal = journal.has_value();
+            spec.own.journal_size = journal;
+            Scenario scenario{.cluster_size = static_cast<uint32_t>(compact ? spec.own.chunk_size : block),
+                              .refcount_bits = 16,
+                              .version = 3,
+                              .start = start,
+                              .fvd = spec,
+                              .copies = copies};
+            all.push_back(scenario);
+            if (block == 65536 || copies || !journal) continue;
+            scenario.data_file = DataFile::plain;
+            all.push_back(scenario);
+          }
+  return all;
+}
+
 void crash_in(const std::vector<Scenario>& all) {
   const uint64_t wanted = from_environment("IMG_CRASH_STATES", 24000);
   const uint64_t only = from_environment("IMG_SCENARIO", ~uint64_t{0});
@@ -487,6 +555,8 @@ void crash_in(const std::vector<Scenario>& all) {
 TEST_CASE("qcow2: after a crash at any moment everything that was flushed is there") { crash_in(scenarios()); }
 
 TEST_CASE("qed: after a crash at any moment everything that was flushed is there") { crash_in(qed_scenarios()); }
+
+TEST_CASE("fvd: after a crash at any moment everything that was flushed is there") { crash_in(fvd_scenarios()); }
 
 }  // namespace
 }  // namespace imgfuse::test

@@ -6,7 +6,7 @@ import threading
 import time
 import unittest
 
-from harness import IMGFUSE, MiB, ImageCase, attempt, by_scale, run, sha256
+from harness import IMGFUSE, MiB, ImageCase, attempt, by_scale, close_quietly, run, sha256
 
 BLOCK = 4096
 
@@ -69,13 +69,6 @@ class Writer(threading.Thread):
             pass
         finally:
             close_quietly(fd)
-
-
-def close_quietly(fd):
-    try:
-        os.close(fd)
-    except OSError:
-        pass
 
 
 class FailureCase(ImageCase):
@@ -179,6 +172,14 @@ class Kill(FailureCase):
         image = self.path('disk.qcow2')
         run(IMGFUSE, 'create', '--lazy-refcounts', '--cluster-size', '4k', image, '512M')
         self.kill_with_lazy_refcounts(image)
+
+    def test_fvd(self):
+        self.kill_under_load(self.fvd('disk.fvd', '512M', 'chunk_size=64k', 'journal_size=64k'))
+
+    def test_fvd_over_a_base_that_is_being_copied(self):
+        self.raw('base.raw', 512 * MiB)
+        self.kill_under_load(self.fvd('disk.fvd', None, 'block_size=4k', 'copy_on_read=on', 'prefetch_start_delay=1',
+                                      base='base.raw'))
 
     def test_raw(self):
         self.kill_under_load(self.raw('disk.img', 512 * MiB), '--format', 'raw')
@@ -317,6 +318,9 @@ class FullHost(FailureCase):
 
     def test_qed_on_ext4(self):
         self.full_host('ext4', format='qed')
+
+    def test_fvd(self):
+        self.full_host('ext4', '-o', 'compact_image=on,chunk_size=64k,journal_size=64k', format='fvd')
 
     def test_when_every_write_needs_a_new_table(self):
         self.full_host('tmpfs', '-o', 'cluster_size=4k', stride=513)

@@ -46,8 +46,8 @@ class LoopCase(ImageCase):
 
 
 class LoopDevices(LoopCase):
-    def round_trip(self, kind, direct, format='qcow2'):
-        image = self.new('%s-%s.%s' % (kind, direct, format), '512M')
+    def round_trip(self, kind, direct, format='qcow2', *options):
+        image = self.new('%s-%s.%s' % (kind, direct, format), '512M', *options)
         mount = self.mount(image)
         device = self.losetup(mount.disk, '--direct-io=' + direct)
         self.assertEqual(run('losetup', '-n', '-O', 'DIO', device).strip(), '1' if direct == 'on' else '0')
@@ -90,6 +90,14 @@ class LoopDevices(LoopCase):
 
     def test_btrfs_without_direct_io(self):
         self.round_trip('btrfs', 'off')
+
+    def test_ext4_in_an_fvd_image(self):
+        self.round_trip('ext4', 'on', 'fvd')
+
+    def test_xfs_in_an_fvd_image_that_copies_its_base(self):
+        self.raw('base.raw', 512 * MiB)
+        options = 'compact_image=on,block_size=64k,copy_on_read=on,prefetch_start_delay=1'
+        self.round_trip('xfs', 'off', 'fvd', '-o', options, '-b', 'base.raw', '-F', 'raw')
 
     def test_mount_o_loop_works_on_the_disk(self):
         image = self.qcow2(size='64M')

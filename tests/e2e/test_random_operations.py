@@ -159,6 +159,18 @@ class RandomOperations(ImageCase):
         run('qemu-img', 'snapshot', '-c', 'one', image)
         self.run_against_model(image, b'\7' * (4 * MiB) + bytes(4 * MiB))
 
+    def test_fvd_images_of_every_kind(self):
+        content = pattern(5 * MiB, 'base')
+        self.raw('base.raw', 0).write_bytes(content)
+        for options in (('chunk_size=64k',), ('compact_image=off',), ('chunk_size=64k', 'journal_size=-1')):
+            with self.subTest(options=options):
+                self.run_against_model(self.fvd('disk.fvd', '8M', *options), bytes(8 * MiB))
+        for options in (('block_size=4k', 'chunk_size=64k', 'copy_on_read=on'), ('compact_image=off', 'block_size=7680'),
+                        ('journal_size=4k', 'block_size=64k', 'prefetch_start_delay=1')):
+            with self.subTest(options=options):
+                image = self.fvd('overlay.fvd', '9M', *options, base='base.raw')
+                self.run_against_model(image, content + bytes(4 * MiB))
+
     def test_a_raw_image(self):
         self.run_against_model(self.raw(size=8 * MiB), bytes(8 * MiB), '--format', 'raw')
 

@@ -16,7 +16,7 @@ ALLOWED = {
     'core': {'include', 'base', 'storage'},
     **{name: BELOW_FORMATS | {'format'} for name in FORMATS},
     'format': BELOW_FORMATS | FORMATS,
-    'open': BELOW_FORMATS | FORMATS | {'format'},
+    'open': BELOW_FORMATS | FORMATS | {'format', 'layer'},
     'layer': BESIDE_CORE,
     'job': BESIDE_CORE,
     'control': {'include', 'base'},

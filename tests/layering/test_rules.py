@@ -5,7 +5,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 WANTED = {str(n) for n in range(1, 101)} | {'q%d' % n for n in range(1, 61)} | {'e%d' % n for n in range(1, 16)} | {'qed', 'fvd'}
-NOT_BUILT = {'not yet built: ' + system for system in ('fvd', 'mirror')}
+NOT_BUILT = {'not yet built: ' + system for system in ('mirror',)}
 
 ROW = re.compile(r'^\| ([qe]?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
 NAMED = re.compile(r'`([^`]+)`: `([^`]+)`')

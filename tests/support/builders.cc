@@ -18,21 +18,31 @@ BackingOpener raw_backing(const MemImage& content) {
   };
 }
 
+DataFileOpener data_file(const std::shared_ptr<Storage>& data) {
+  return [data](const std::optional<std::string>&) -> Result<std::shared_ptr<Storage>> {
+    if (!data) return fail(ErrorCode::not_found, "no data file is given");
+    return data;
+  };
+}
+
+/// Names that are assigned later make gcc 12 warn of bytes that it takes for uninitialised.
+CreateOptions over(const std::optional<std::string>& backing) {
+  return {.backing_file = backing, .backing_format = backing ? std::optional<std::string>("raw") : std::nullopt};
+}
+
 }  // namespace
 
 MemImage make_qcow2(const Qcow2Spec& spec) {
-  CreateOptions options;
+  CreateOptions options = over(spec.backing);
   options.size = spec.size;
   options.cluster_size = spec.cluster_size;
   options.refcount_bits = spec.refcount_bits;
   options.version = spec.version;
   options.extended_l2 = spec.extended_l2;
   options.lazy_refcounts = spec.lazy_refcounts;
-  options.backing_file = spec.backing;
   options.compression_type = spec.compression;
   if (spec.data_file) options.data_file = "data.raw";
   options.data_file_raw = spec.data_file_raw;
-  if (spec.backing) options.backing_format = "raw";
   MemStorage storage;
   must(qcow2::create(storage, options));
   return storage.image();
@@ -53,6 +63,24 @@ MemImage make_qed(const QedSpec& spec) {
   return storage.image();
 }
 
+MemImage make_fvd(const FvdSpec& spec) {
+  CreateOptions options = over(spec.base ? std::optional<std::string>("base.raw") : std::nullopt);
+  options.format = "fvd";
+  options.size = spec.size;
+  options.fvd = spec.own;
+  if (spec.data_file) options.data_file = *spec.data_file;
+  std::unique_ptr<Disk> base;
+  if (spec.base) {
+    MemImage content;
+    content.resize(spec.base_size);
+    base = make_raw_disk(content);
+  }
+  must(fvd::check_create_options(options));
+  MemStorage storage;
+  must(fvd::create(storage, options, base.get()));
+  return storage.image();
+}
+
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
   qcow2::OpenParameters parameters;
   parameters.read_only = spec.read_only;
@@ -60,16 +88,21 @@ Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const
   parameters.compress = spec.compress;
   if (spec.compressed_cache > 0) parameters.compressed_cache = std::make_shared<ClusterCache>(spec.compressed_cache);
   parameters.open_backing = raw_backing(spec.backing);
-  parameters.open_data_file = [data =
-                                   spec.data](const std::optional<std::string>&) -> Result<std::shared_ptr<Storage>> {
-    if (!data) return fail(ErrorCode::not_found, "no data file is given");
-    return data;
-  };
+  parameters.open_data_file = data_file(spec.data);
   return qcow2::open(std::move(storage), std::move(parameters));
+}
+
+Result<std::unique_ptr<Disk>> open_fvd(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
+  fvd::OpenParameters parameters;
+  parameters.read_only = spec.read_only;
+  parameters.open_backing = raw_backing(spec.backing);
+  parameters.open_data_file = data_file(spec.data);
+  return fvd::open(std::move(storage), std::move(parameters));
 }
 
 Result<std::unique_ptr<Disk>> open_image(std::shared_ptr<Storage> storage, const OpenSpec& spec) {
   IMG_LET(const Format* format, probe_format(*storage));
+  if (format->name == "fvd") return open_fvd(std::move(storage), spec);
   if (format->name != "qed") return open_qcow2(std::move(storage), spec);
   return qed::open(std::move(storage), {.read_only = spec.read_only,
                                         .metadata_cache = spec.metadata_cache,
@@ -91,6 +124,25 @@ MemImage QedKind::image(const ImageSpec& spec) { return make_qed({spec.size, spe
 
 MemImage QedKind::any_image(const ImageSpec& spec, Rng& rng) {
   return make_qed({spec.size, spec.cluster_size, 1u << rng.below(5), spec.backing});
+}
+
+MemImage FvdKind::image(const ImageSpec& spec) {
+  FvdSpec fvd{.size = spec.size, .base = spec.backing.has_value(), .base_size = spec.backing_size.value_or(spec.size)};
+  fvd.own.compact = true;
+  fvd.own.chunk_size = fvd.own.storage_grow_unit = spec.cluster_size;
+  if (fvd.base) fvd.own.block_size = spec.cluster_size;
+  fvd.own.journal_size = 2_MiB;  // from which a longer table is taken
+  return make_fvd(fvd);
+}
+
+MemImage FvdKind::any_image(const ImageSpec& spec, Rng& rng) {
+  FvdSpec fvd{.size = spec.size, .base = spec.backing.has_value(), .base_size = spec.backing_size.value_or(spec.size)};
+  fvd.own.compact = rng.one_in(2);
+  fvd.own.chunk_size = spec.cluster_size;
+  if (fvd.base) fvd.own.block_size = std::max<uint64_t>(512, spec.cluster_size >> rng.below(4));
+  fvd.own.journal = fvd.own.compact || !rng.one_in(4);  // room for a longer table
+  fvd.own.journal_size = 1_MiB;
+  return make_fvd(fvd);
 }
 
 WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "format/fvd/fvd.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qed/qed.h"
 #include "support/mem_storage.h"
@@ -40,6 +41,17 @@ struct QedSpec {
 /// A fresh QED image.
 MemImage make_qed(const QedSpec& spec);
 
+struct FvdSpec {
+  uint64_t size = 8_MiB;
+  bool base = false;  ///< of the size `base_size`, named base.raw
+  uint64_t base_size = 0;
+  FvdCreateOptions own = {};
+  std::optional<std::string> data_file = {};  ///< guest data lies in another storage: OpenSpec::data
+};
+
+/// A fresh FVD image.
+MemImage make_fvd(const FvdSpec& spec);
+
 /// A read-only raw disk.
 std::unique_ptr<Disk> make_raw_disk(MemImage content);
 
@@ -56,14 +68,17 @@ struct OpenSpec {
 /// qcow2::open with a raw backing disk.
 Result<std::unique_ptr<Disk>> open_qcow2(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
 
-/// The same for an image of any format that has clusters; its first bytes tell which.
+Result<std::unique_ptr<Disk>> open_fvd(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
+
+/// The same for an image of any format but raw; its first bytes tell which.
 Result<std::unique_ptr<Disk>> open_image(std::shared_ptr<Storage> storage, const OpenSpec& spec = {});
 
 /// What images of every format have.
 struct ImageSpec {
   uint64_t size = 64_MiB;
   uint32_t cluster_size = 65536;
-  std::optional<std::string> backing = {};  ///< name of a raw backing file
+  std::optional<std::string> backing = {};    ///< name of a raw backing file
+  std::optional<uint64_t> backing_size = {};  ///< FVD keeps it; default: the disk's
 };
 
 /// The formats that tests of what they share are run for, as the types of a TEST_CASE_TEMPLATE. An L2 table has the
@@ -81,7 +96,15 @@ struct QedKind {
   static MemImage image(const ImageSpec& spec = {});
   static MemImage any_image(const ImageSpec& spec, Rng& rng);
 };
-#define IMG_EVERY_KIND imgfuse::test::Qcow2Kind, imgfuse::test::QedKind
+/// A compact image whose chunks are the clusters, and its blocks too, where it has a base.
+struct FvdKind {
+  static constexpr uint32_t kSmallestCluster = 4096;
+  static MemImage image(const ImageSpec& spec = {});
+  static MemImage any_image(const ImageSpec& spec, Rng& rng);
+};
+/// Those whose tables are read when they are needed, and have a place for bits that nobody knows.
+#define IMG_EVERY_TABLE_KIND imgfuse::test::Qcow2Kind, imgfuse::test::QedKind
+#define IMG_EVERY_KIND IMG_EVERY_TABLE_KIND, imgfuse::test::FvdKind
 
 /// A disk over memory whose order of writes is watched.
 struct WatchedDisk {

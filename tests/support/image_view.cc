@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "support/fvd_view.h"
 #include "support/qcow2_view.h"
 #include "support/qed_view.h"
 
@@ -18,6 +19,7 @@ std::string Owner::text() const {
 std::shared_ptr<const ImageView> ImageView::parse(const MemImage& image) {
   if (auto qcow2 = Qcow2View::parse(image)) return std::make_shared<Qcow2View>(std::move(*qcow2));
   if (auto qed = QedView::parse(image)) return std::make_shared<QedView>(std::move(*qed));
+  if (auto fvd = FvdView::parse(image)) return std::make_shared<FvdView>(std::move(*fvd));
   return nullptr;
 }
 

@@ -62,6 +62,8 @@ class ImageView {
   virtual bool is_dirty() const { return false; }
   /// It is only that counts are postponed, and the header says so.
   virtual bool is_lazy() const { return false; }
+  /// By OrderStorage.
+  virtual bool can_be_watched() const { return !is_dirty() || is_lazy(); }
   /// Tables may be changed as far as the header is concerned; it has to say so durably.
   virtual bool tables_may_change() const { return true; }
   /// A hole may be punched into a cluster that stays in use: it is written with zeros.

@@ -26,9 +26,7 @@ bool reads_zero(const MemImage& image, uint64_t offset, uint64_t length) {
   return true;
 }
 
-bool can_be_watched(const std::shared_ptr<const ImageView>& view) {
-  return view && (!view->is_dirty() || view->is_lazy());
-}
+bool can_be_watched(const std::shared_ptr<const ImageView>& view) { return view && view->can_be_watched(); }
 
 bool before_cluster(const Reference& reference, uint64_t cluster) { return reference.cluster < cluster; }
 

@@ -165,7 +165,7 @@ void add_options(CLI::App& app, Request& request, std::vector<std::string>& file
   app.add_option("IMAGES", files,
                  "The image to read, or several, which are laid one behind the other; then the target");
   app.add_option("-f,--format", request.source_options.format, "Format of the images read");
-  app.add_option("-O,--target-format", request.create.format, "Format of the target: raw (default), qcow2 or qed");
+  app.add_option("-O,--target-format", request.create.format, "Format of the target: raw (default), qcow2, qed or fvd");
   app.add_option("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them")
       ->allow_extra_args(false);
   app.add_flag("-c,--compress", request.compress, "Compress the target");

@@ -29,7 +29,7 @@ int run_create(Io& io, Arguments args) {
   app.add_option_function<std::string>(
       "SIZE", [&](const std::string& size) { keys.emplace_back("size", size); },
       "Virtual size, as 10G; default: the backing file's");
-  app.add_option("-f,--format", options.format, "qcow2 (default), qed or raw");
+  app.add_option("-f,--format", options.format, "qcow2 (default), qed, fvd or raw");
   app.add_option("-o", lists, "Options as key=value,...; \"-o help\" lists them")->allow_extra_args(false);
   add_key(app, keys, "-b,--backing", "backing_file", "File that unallocated clusters are read from");
   add_key(app, keys, "-F,--backing-format", "backing_fmt", "Format of the backing file; required with -b");

@@ -1,5 +1,7 @@
 #include "create_options.h"
 
+#include <charconv>
+
 #include "text.h"
 
 namespace imgfuse::tool {
@@ -33,12 +35,31 @@ const char* const kCreateOptionList =
     "  data_file=FILE       file that the disk's data lies in\n"
     "  data_file_raw=on     the data file alone equals the disk (off)\n"
     "  table_size=N         qed: clusters per table, 2 to 16 (4)\n"
-    "  preallocation=MODE   off, metadata, falloc or full (off)\n";
+    "  preallocation=MODE   off, metadata, falloc or full (off)\n"
+    "and for -f fvd besides size, backing_file, backing_fmt, data_file and preallocation:\n"
+    "  compact_image=on     chunks get storage when they are written (off)\n"
+    "  block_size=SIZE      unit of copying from the backing file (512, or a bitmap of 4M)\n"
+    "  chunk_size=SIZE      unit of allocation, a multiple of block_size (1M)\n"
+    "  storage_grow_unit=SIZE  by how much the file grows (100M)\n"
+    "  add_storage_cmd=CMD  program that makes a full device longer\n"
+    "  journal_size=SIZE    at least what one request may need, or -1: none (16M)\n"
+    "  data_file_fmt=FORMAT  format of the data file\n"
+    "  copy_on_read=on      what is read from the backing file is kept (off)\n"
+    "  prefetch_start_delay=N  seconds until the backing file is copied, -1: never (-1)\n"
+    "  detect_sparse_hole=SIZE  zeros of this length are not read from the backing file (0: off)\n";
 
 Result<bool> parse_switch(std::string_view name, std::string_view text) {
   if (text == "on" || text == "true") return true;
   if (text == "off" || text == "false") return false;
   return fail(ErrorCode::invalid, "{} is \"{}\"; it can be on or off", name, text);
+}
+
+Result<int32_t> parse_seconds(std::string_view name, std::string_view text) {
+  int32_t number = 0;
+  const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || rest != text.data() + text.size())
+    return fail(ErrorCode::invalid, "{} is \"{}\"; a whole number is expected", name, text);
+  return number;
 }
 
 Result<Preallocation> parse_preallocation(std::string_view text) {
@@ -76,6 +97,29 @@ Result<> set_create_option(CreateOptions& options, std::string_view key, const s
     IMG_LET(options.table_size, parse_small_size(key, value));
   } else if (key == "preallocation") {
     IMG_LET(options.preallocation, parse_preallocation(value));
+  } else if (key == "compact_image") {
+    IMG_LET(options.fvd.compact, parse_switch(key, value));
+  } else if (key == "block_size") {
+    IMG_LET(options.fvd.block_size, parse_size(value));
+  } else if (key == "chunk_size") {
+    IMG_LET(options.fvd.chunk_size, parse_size(value));
+  } else if (key == "storage_grow_unit") {
+    IMG_LET(options.fvd.storage_grow_unit, parse_size(value));
+  } else if (key == "add_storage_cmd") {
+    options.fvd.add_storage_command = value;
+  } else if (key == "journal_size") {
+    options.fvd.journal = value != "-1";
+    if (options.fvd.journal) {
+      IMG_LET(options.fvd.journal_size, parse_size(value));
+    }
+  } else if (key == "data_file_fmt") {
+    options.fvd.data_file_format = value;
+  } else if (key == "copy_on_read") {
+    IMG_LET(options.fvd.copy_on_read, parse_switch(key, value));
+  } else if (key == "prefetch_start_delay") {
+    IMG_LET(options.fvd.prefetch_start_delay, parse_seconds(key, value));
+  } else if (key == "detect_sparse_hole") {
+    IMG_LET(options.fvd.detect_sparse_hole, parse_size(value));
   } else {
     return fail(ErrorCode::invalid, "no option \"{}\" (\"imgfuse create -o help\" lists them)", key);
   }

@@ -15,6 +15,8 @@ extern const char* const kCreateOptionList;
 
 /// "on" or "off".
 Result<bool> parse_switch(std::string_view name, std::string_view text);
+/// A whole number, which may be negative.
+Result<int32_t> parse_seconds(std::string_view name, std::string_view text);
 Result<Preallocation> parse_preallocation(std::string_view text);
 /// One `key=value`.
 Result<> set_create_option(CreateOptions& options, std::string_view key, const std::string& value);

@@ -33,6 +33,24 @@ Json to_json(const Qcow2Info& qcow2) {
   return {{"type", "qcow2"}, {"data", data}};
 }
 
+Json to_json(const FvdInfo& fvd) {
+  Json data = {{"all-data-in-image", fvd.all_data_in_image}, {"compact", fvd.compact},
+               {"journal-size", fvd.journal_size},           {"need-zero-init", fvd.need_zero_init},
+               {"copy-on-read", fvd.copying.copy_on_read},   {"prefetch-start-delay", fvd.copying.start_delay}};
+  if (fvd.block_size > 0) {
+    data["block-size"] = fvd.block_size;
+    data["base-size"] = fvd.base_size;
+  }
+  if (fvd.compact) {
+    data["chunk-size"] = fvd.chunk_size;
+    data["storage-grow-unit"] = fvd.storage_grow_unit;
+  }
+  if (!fvd.add_storage_command.empty()) data["add-storage-command"] = fvd.add_storage_command;
+  if (fvd.data_file) data["data-file"] = *fvd.data_file;
+  if (fvd.data_file_format) data["data-file-format"] = *fvd.data_file_format;
+  return {{"type", "fvd"}, {"data", data}};
+}
+
 /// qemu-img's keys.
 Json to_json(const ImageInfo& image) {
   Json json = {{"virtual-size", image.virtual_size}, {"filename", image.filename}, {"format", image.format}};
@@ -45,6 +63,7 @@ Json to_json(const ImageInfo& image) {
   if (image.backing_format) json["backing-filename-format"] = *image.backing_format;
   for (const SnapshotInfo& snapshot : image.snapshots) json["snapshots"].push_back(control::to_json(snapshot));
   if (image.qcow2) json["format-specific"] = to_json(*image.qcow2);
+  if (image.fvd) json["format-specific"] = to_json(*image.fvd);
   return json;
 }
 
@@ -63,6 +82,20 @@ void print_qcow2(std::ostream& out, const Qcow2Info& qcow2) {
                        bitmap.recording ? ", auto" : "", bitmap.in_use ? ", in use" : "");
 }
 
+void print_fvd(std::ostream& out, const FvdInfo& fvd) {
+  out << "Format specific information:\n"
+      << fmt::format("    compact: {}\n    all data in image: {}\n    journal size: {}\n", fvd.compact,
+                     fvd.all_data_in_image, fvd.journal_size);
+  if (fvd.compact)
+    out << fmt::format("    chunk size: {}\n    storage grow unit: {}\n", fvd.chunk_size, fvd.storage_grow_unit);
+  if (fvd.block_size > 0)
+    out << fmt::format("    block size: {}\n    base size: {}\n    copy on read: {}\n    prefetch start delay: {}\n",
+                       fvd.block_size, fvd.base_size, fvd.copying.copy_on_read, fvd.copying.start_delay);
+  if (fvd.need_zero_init) out << "    need zero init: true\n";
+  if (!fvd.add_storage_command.empty()) out << "    add storage command: " << fvd.add_storage_command << "\n";
+  if (fvd.data_file) out << "    data file: " << *fvd.data_file << "\n";
+}
+
 void print(std::ostream& out, const ImageInfo& image) {
   out << fmt::format("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n", image.filename,
                      image.format, human_size(image.virtual_size), image.virtual_size, human_size(image.actual_size));
@@ -78,6 +111,7 @@ void print(std::ostream& out, const ImageInfo& image) {
   if (image.backing_format) out << "backing file format: " << *image.backing_format << "\n";
   if (!image.snapshots.empty()) print_snapshots(out, image.snapshots);
   if (image.qcow2) print_qcow2(out, *image.qcow2);
+  if (image.fvd) print_fvd(out, *image.fvd);
 }
 
 void print_chain(std::ostream& out, const std::vector<ImageInfo>& images, bool json) {

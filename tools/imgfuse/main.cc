@@ -42,7 +42,7 @@ std::string usage() {
       "Usage: imgfuse IMAGE MOUNTPOINT [OPTIONS]\n"
       "       imgfuse COMMAND ...\n"
       "\n"
-      "Presents a virtual-disk image (qcow2, qed, raw) as a raw file. A MOUNTPOINT that is a file\n"
+      "Presents a virtual-disk image (qcow2, qed, fvd, raw) as a raw file. A MOUNTPOINT that is a file\n"
       "becomes the disk; in a directory the disk appears as disk.raw.\n"
       "\n"
       "Commands:\n";

@@ -45,7 +45,7 @@ int run_measure(Io& io, Arguments args) {
   CLI::App app("Says how many bytes a new image would take on the host, for what IMAGE holds or for a SIZE.",
                "imgfuse measure");
   app.add_option("IMAGE", image);
-  app.add_option("-O,--target-format", target.format, "Format of the new image: raw (default), qcow2 or qed");
+  app.add_option("-O,--target-format", target.format, "Format of the new image: raw (default), qcow2, qed or fvd");
   app.add_option("-o", lists, "Options of the new image as key=value,...; \"-o help\" lists them")
       ->allow_extra_args(false);
   app.add_option("--size", size, "Virtual size, instead of IMAGE")->type_name("SIZE");

@@ -61,13 +61,25 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     open.force_share = true;
     return true;
   }
-  static constexpr std::array<std::string_view, 9> kWithValue = {
-      "format",   "backing_format",   "allow_path", "cache",    "metadata_cache",
-      "compress", "compressed_cache", "snapshot",   "data_file"};
+  if (key == "copy_on_read" || key == "allow_storage_command") {
+    (key == "copy_on_read" ? open.copy_on_read : open.allow_storage_command) = true;
+    return true;
+  }
+  if (key == "prefetch") {
+    open.prefetch = 0;
+    if (!value.empty()) {
+      IMG_LET(open.prefetch, parse_size(value));
+    }
+    return true;
+  }
+  static constexpr std::array<std::string_view, 10> kWithValue = {
+      "format",         "backing_format", "data_format",      "allow_path", "cache",
+      "metadata_cache", "compress",       "compressed_cache", "snapshot",   "data_file"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
   if (key == "backing_format") open.backing_format = value;
+  if (key == "data_format") open.data_format = value;
   if (key == "snapshot") open.snapshot = value;
   if (key == "data_file") open.data_file = value;
   if (key == "allow_path") open.allowed_directories.push_back(value);
@@ -96,6 +108,8 @@ Result<> check_options(const MountRequest& request) {
     return fail(ErrorCode::invalid, "--force-share takes no locks and needs --read-only");
   if (request.open.compress && *request.open.compress != "zlib" && *request.open.compress != "zstd")
     return fail(ErrorCode::invalid, "compress={} is neither zlib nor zstd", *request.open.compress);
+  if ((request.open.copy_on_read || request.open.prefetch) && (request.mount.read_only || request.open.snapshot))
+    return fail(ErrorCode::invalid, "copy_on_read and prefetch write to the image, which is to be opened read-only");
   return {};
 }
 
@@ -150,6 +164,7 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
 
   OpenOptions open = request.open;
   open.read_only = request.mount.read_only || open.snapshot;
+  open.copy_in_background = true;
   auto disk = open_disk(subject->image, open);
   if (!disk) return failed(disk.error());
   if (open.cache == CacheMode::writethrough || open.cache == CacheMode::directsync) (*disk)->set_write_through();
@@ -183,7 +198,7 @@ int usage_error(Io& io, const Error& error) {
 }
 
 void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::string>& lists) {
-  app.add_option("IMAGE", request.image, "A qcow2, qed or raw image")->required();
+  app.add_option("IMAGE", request.image, "A qcow2, qed, fvd or raw image")->required();
   app.add_option("MOUNTPOINT", request.mountpoint, "A file that becomes the disk, or a directory that shows disk.raw")
       ->required();
   app.add_flag("-f,--foreground", request.foreground, "Stay in the foreground; the exit status tells how closing went");
@@ -205,6 +220,8 @@ void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::st
          },
          "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe")
       ->type_name("MODE");
+  app.add_flag("--allow-storage-command", request.open.allow_storage_command,
+               "Let an FVD image run its own command when its device is full");
   app.add_option_function<std::string>(
          "--metadata-cache",
          [&](const std::string& text) {
@@ -228,8 +245,8 @@ void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::st
 constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
-    "  format= backing_format= cache= metadata_cache= allow_path= force_share\n"
-    "  compress= compressed_cache= snapshot= data_file=.\n"
+    "  format= backing_format= data_format= cache= metadata_cache= allow_path= force_share\n"
+    "  compress= compressed_cache= snapshot= data_file= copy_on_read prefetch[=BYTES/S] allow_storage_command.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 

@@ -24,7 +24,7 @@ struct Request {
 
 Result<> check(const Request& request) {
   if (request.backing.empty() || request.backing_format) return {};
-  return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2 or qed: add --backing-format");
+  return fail(ErrorCode::invalid, "a backing file needs its format, raw, qcow2, qed or fvd: add --backing-format");
 }
 
 /// The new backing file, read-only, with its own chain. It must not stand on the image itself.
@@ -62,7 +62,7 @@ Result<> rebase(const Request& request, Io& io) {
   IMG_LET(const ImageInfo info, image_info(request.image, look));
   if (info.format == "raw")
     return fail(ErrorCode::unsupported, "{} is {}, which has no backing file", request.image, info.format);
-  if (info.qcow2->data_file_raw && !request.backing.empty())
+  if (info.qcow2 && info.qcow2->data_file_raw && !request.backing.empty())
     return fail(ErrorCode::unsupported,
                 "the data file of {} alone equals the disk, so there can be no backing file; \"imgfuse amend "
                 "-o data_file_raw=off\" ends that",
@@ -85,7 +85,7 @@ int run_rebase(Io& io, Arguments args) {
       ->required();
   app.add_option_function<std::string>(
       "-F,--backing-format", [&](const std::string& name) { request.backing_format = name; },
-      "Its format: raw, qcow2 or qed");
+      "Its format: raw, qcow2, qed or fvd");
   app.add_flag("-u,--unsafe", request.unsafe,
                "Change the name only, without looking at either file: for one that was moved or renamed");
   app.add_option_function<std::string>(

@@ -98,7 +98,7 @@ TEST_CASE("open: each failure is one clear line") {
   CHECK(failure(dir / "folder") == "open " + (dir / "folder") + ": is a directory, not an image");
   CHECK(failure(dir / "fifo") == "open " + (dir / "fifo") + ": is neither a regular file nor a block device");
   CHECK(failure(dir / "disk.raw", {.format = "vmdk"}) ==
-        "open " + (dir / "disk.raw") + ": format vmdk is not implemented; raw, qcow2 and qed are");
+        "open " + (dir / "disk.raw") + ": format vmdk is not implemented; raw, qcow2, qed and fvd are");
   CHECK(failure(dir / "disk.raw", {.read_only = true, .format = "qcow2"}).find("open " + (dir / "disk.raw")) == 0);
   CHECK(failure(dir / "disk.raw", {.force_share = true}).find("add --read-only") != std::string::npos);
   CHECK(failure(dir / "disk.raw", {.read_only = true, .allowed_directories = {dir / "none"}}).find("--allow-path") !=

@@ -201,7 +201,7 @@ TEST_CASE("qcow2 create: options that contradict each other or the format are re
     options.backing_file = "base";
     CHECK(refusal(options) == "the format of backing file base is not given; it is never guessed");
     options.backing_format = "vmdk";
-    CHECK(refusal(options) == "backing format \"vmdk\" is none of raw, qcow2 and qed");
+    CHECK(refusal(options) == "backing format \"vmdk\" is none of raw, qcow2, qed and fvd");
     options.backing_format = "raw";
     options.preallocation = Preallocation::metadata;
     CHECK(refusal(options) == "preallocation would hide the backing file; give one of the two, or extended L2 entries");

@@ -141,7 +141,10 @@ TEST_CASE("qcow2: reuse of freed clusters may fail at any call") {
 }
 
 TEST_CASE_TEMPLATE("growing may fail at any call", Kind, IMG_EVERY_KIND) {
-  constexpr uint64_t size = std::is_same_v<Kind, QedKind> ? 900_MiB : 20_GiB;  // the qcow2 image's L1 table moves
+  // The qcow2 image's L1 table moves, and FVD's table takes room from the journal.
+  constexpr uint64_t size = std::is_same_v<Kind, Qcow2Kind> ? 20_GiB
+                            : std::is_same_v<Kind, QedKind> ? 900_MiB
+                                                            : kSize + 32_MiB;
   fail_everywhere(with_data<Kind>(), {"grow", [](Disk& disk, ModelDisk& model) -> Result<> {
                                         model.grow(size, 2 * kCluster);
                                         IMG_TRY(disk.resize(size));
@@ -230,7 +233,7 @@ TEST_CASE_TEMPLATE("closing may fail at any call", Kind, IMG_EVERY_KIND) {
                                    }});
 }
 
-TEST_CASE_TEMPLATE("opening may fail at any call, and leaves the image as it was", Kind, IMG_EVERY_KIND) {
+TEST_CASE_TEMPLATE("opening may fail at any call, and leaves the image as it was", Kind, IMG_EVERY_TABLE_KIND) {
   Situation s = with_data<Kind>();
   s.image.write(Kind::kAutoclearAt, std::array{std::byte{0x01}});  // autoclear bits give it something to write
   for (uint64_t n = 1;; n += fault_step()) {
