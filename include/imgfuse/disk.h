@@ -49,6 +49,12 @@ enum class Preallocation { off, metadata, falloc, full };
 /// Whether zeroed clusters may give up their host space.
 enum class Zeroing { keep_allocation, may_free };
 
+/// What populate() does with what reads as zeros in the layers below.
+enum class Holes {
+  fill,  ///< gives it host space
+  keep,  ///< makes it zeros without host space, where the format has such
+};
+
 /// How resize() goes about it.
 struct ResizeOptions {
   bool shrink = false;                               ///< what lies behind the new end may be lost
@@ -81,8 +87,9 @@ class Disk {
   /// The guest no longer needs the range: whole clusters in it read as zeros afterwards and are freed, the rest is
   /// left alone.
   Result<> discard(GuestRange range);
-  /// Makes the range local to this layer, with host space for every cluster of it, without changing what it reads as.
-  Result<> populate(GuestRange range);
+  /// Makes the range local to this layer without changing what it reads as: with host space for every cluster of it,
+  /// or for those only that have data.
+  Result<> populate(GuestRange range, Holes holes = Holes::fill);
   /// This layer gives up what it holds of the whole clusters in the range: they read as the layer below does, or as
   /// zeros where there is none.
   Result<> forget(GuestRange range);
@@ -114,7 +121,7 @@ class Disk {
   virtual Result<> do_read(GuestOffset offset, Bytes out) = 0;
   virtual Result<> do_write(GuestOffset offset, ConstBytes data) = 0;
   virtual Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) = 0;
-  virtual Result<> do_populate(GuestRange range) = 0;
+  virtual Result<> do_populate(GuestRange range, Holes holes) = 0;
   virtual Result<> do_forget(GuestRange range);
   virtual Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) = 0;
   virtual Result<> do_flush() = 0;

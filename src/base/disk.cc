@@ -68,11 +68,11 @@ Result<> Disk::do_forget(GuestRange) {
   return fail(ErrorCode::unsupported, "{} is {}, which has no layer below it", disk.name, disk.format);
 }
 
-Result<> Disk::populate(GuestRange range) {
+Result<> Disk::populate(GuestRange range, Holes holes) {
   IMG_TRY(check_range(range.begin, range.length));
   IMG_TRY(check_writable());
   if (range.empty()) return {};
-  return finish(do_populate(range));
+  return finish(do_populate(range, holes));
 }
 
 Result<std::vector<Extent>> Disk::map(GuestRange range, size_t max_extents) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "base/math.h"
 #include "imgfuse/disk.h"
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
@@ -34,6 +35,24 @@ inline Result<> read_below(Disk* backing, uint64_t size, GuestOffset offset, Byt
   const uint64_t there = offset.bytes() < size ? std::min(out.size(), size - offset.bytes()) : 0;
   if (there < out.size()) std::memset(out.data() + there, 0, out.size() - there);
   return there == 0 ? Result<>{} : backing->read(offset, out.first(there));
+}
+
+/// What a backing file holds at the front of a range.
+struct BelowRun {
+  uint64_t length = 0;  ///< bytes; whole units, but where the range ends
+  bool zero = false;    ///< known to read as zeros
+};
+
+/// `range` begins inside the backing file, with a unit. A unit that has some data counts as data. Reads tables only.
+inline Result<BelowRun> run_below(Disk& backing, uint64_t size, GuestRange range, uint64_t unit) {
+  const uint64_t left = size - range.begin.bytes();
+  IMG_LET(const std::vector<Extent> extents, backing.map({range.begin, std::min(range.length, left)}, 1));
+  const uint64_t length = extents.front().range.length;
+  const bool zero = extents.front().kind != ExtentKind::data;
+  const bool whole = length >= std::min(range.length, left);
+  const uint64_t units = zero && !whole ? round_down(length, unit) : round_up(length, unit);
+  if (units == 0) return BelowRun{std::min(unit, range.length), false};
+  return BelowRun{std::min(units, range.length), zero};
 }
 
 }  // namespace imgfuse

@@ -20,7 +20,7 @@ class BorrowedDisk final : public Disk {
   Result<> do_read(GuestOffset offset, Bytes out) override { return lender_.read(offset, out); }
   Result<> do_write(GuestOffset, ConstBytes) override { return refuse(); }
   Result<> do_write_zeroes(GuestRange, Zeroing) override { return refuse(); }
-  Result<> do_populate(GuestRange) override { return refuse(); }
+  Result<> do_populate(GuestRange, Holes) override { return refuse(); }
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override {
     return lender_.map(range, max_extents);
   }

@@ -37,7 +37,7 @@ class SnapshotDisk : public Disk {
   Result<> do_count_allocated(const std::atomic<bool>&) override { return {}; }
   Result<> do_write(GuestOffset, ConstBytes) override { return refuse(); }
   Result<> do_write_zeroes(GuestRange, Zeroing) override { return refuse(); }
-  Result<> do_populate(GuestRange) override { return refuse(); }
+  Result<> do_populate(GuestRange, Holes) override { return refuse(); }
   Result<> do_resize(uint64_t, ResizeOptions) override { return refuse(); }
 
   Snapshots& snapshots_;

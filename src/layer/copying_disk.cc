@@ -37,6 +37,7 @@ uint64_t below(uint64_t n) {
 /// Images say what they like.
 constexpr uint64_t kMostOutstanding = uint64_t{256} << 20;
 constexpr uint32_t kSmallestPiece = 512, kLargestPiece = 16 << 20;
+constexpr uint64_t kHoleStep = uint64_t{1} << 30;
 
 CopyOptions complete(CopyOptions options) {
   if (!options.random) options.random = below;
@@ -95,17 +96,17 @@ void CopyingDisk::note_read(GuestRange range) {
 }
 
 /// The first part of the range that comes from a layer below; empty: none. Tables only are read for this.
-Result<GuestRange> CopyingDisk::next_below(GuestRange range) {
+Result<Extent> CopyingDisk::next_below(GuestRange range) {
   while (!range.empty()) {
     IMG_LET(const std::vector<Extent> extents, disk_->map(range));
     for (const Extent& extent : extents)
-      if (extent.depth > 0) return extent.range;
+      if (extent.depth > 0) return extent;
     if (extents.empty()) break;
     const GuestOffset end = extents.back().range.end();
     range = {end, range.end() - end};
     if (stopping_) break;
   }
-  return GuestRange{range.begin, 0};
+  return Extent{.range = {range.begin, 0}};
 }
 
 void CopyingDisk::copy_noted() {
@@ -121,15 +122,16 @@ void CopyingDisk::copy_noted() {
     uint64_t copied = 0;
     Result<> result;
     for (GuestRange left = range; result && !left.empty() && !stopping_;) {
-      const Result<GuestRange> part = next_below(left);
-      if (!part) {
-        result = fail(part.error());
-      } else if (part->empty()) {
+      const Result<Extent> next = next_below(left);
+      if (!next) {
+        result = fail(next.error());
+      } else if (next->range.empty()) {
         break;
       } else {
-        result = disk_->populate(*part);
-        copied += part->length;
-        left = {part->end(), left.end() - part->end()};
+        const GuestRange part = next->range;
+        result = disk_->populate(part, Holes::keep);
+        copied += part.length;
+        left = {part.end(), left.end() - part.end()};
       }
     }
     if (!result) log_warning("copy what was read: {}", result.error().text());
@@ -151,9 +153,11 @@ void CopyingDisk::wait_idle() {
 Result<bool> CopyingDisk::copy_piece(GuestOffset& cursor, Pace& pace) {
   const uint64_t size = disk_->size();
   if (cursor.bytes() >= size) return false;
-  IMG_LET(GuestRange next, next_below({cursor, size - cursor.bytes()}));
-  if (next.empty()) return false;
-  next.length = std::min<uint64_t>(next.length, options_.settings.bytes_per_prefetch);
+  IMG_LET(const Extent extent, next_below({cursor, size - cursor.bytes()}));
+  if (extent.range.empty()) return false;
+  if (extent.kind != ExtentKind::data) return pass_hole(extent.range, cursor);
+  const GuestRange next{extent.range.begin,
+                        std::min<uint64_t>(extent.range.length, options_.settings.bytes_per_prefetch)};
   const Milliseconds pause = pace.wait(clock_->now(), next.length);
   if (pause.count() > 0) {
     set_state(State::pausing);
@@ -161,15 +165,25 @@ Result<bool> CopyingDisk::copy_piece(GuestOffset& cursor, Pace& pace) {
     set_state(State::running);
     if (stopping_) return false;
   }
-  // Read by itself, so that the two speeds are told apart; populating reads again what the host has just cached.
-  Buffer content(next.length);
+  // Read by itself, where the two speeds are to be told apart; populating reads again what the host has just cached.
   const Milliseconds begun = clock_->now();
-  IMG_TRY(disk_->read(next.begin, content.bytes()));
+  if (pace.measures()) {
+    Buffer content(next.length);
+    IMG_TRY(disk_->read(next.begin, content.bytes()));
+  }
   const Milliseconds read = clock_->now();
-  IMG_TRY(disk_->populate(next));
+  IMG_TRY(disk_->populate(next, Holes::keep));
   pace.add_read(next.length, read - begun);
   pace.add_write(next.length, clock_->now() - read);
   cursor = next.end();
+  return true;
+}
+
+/// Holes move no data and are not paced. They come in steps, since stopping waits for one.
+Result<bool> CopyingDisk::pass_hole(GuestRange hole, GuestOffset& cursor) {
+  hole.length = std::min(hole.length, kHoleStep);
+  IMG_TRY(disk_->populate(hole, Holes::keep));
+  cursor = hole.end();
   return true;
 }
 

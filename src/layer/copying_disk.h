@@ -52,7 +52,7 @@ class CopyingDisk final : public Disk, private BackgroundCopy {
   Result<> do_read(GuestOffset offset, Bytes out) override;
   Result<> do_write(GuestOffset offset, ConstBytes data) override { return disk_->write(offset, data); }
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override { return disk_->write_zeroes(range, zeroing); }
-  Result<> do_populate(GuestRange range) override { return disk_->populate(range); }
+  Result<> do_populate(GuestRange range, Holes holes) override { return disk_->populate(range, holes); }
   Result<> do_forget(GuestRange range) override { return disk_->forget(range); }
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override {
     return disk_->map(range, max_extents);
@@ -69,7 +69,8 @@ class CopyingDisk final : public Disk, private BackgroundCopy {
   void copy_noted() EXCLUDES(mutex_);
   void copy_everything() EXCLUDES(mutex_);
   Result<bool> copy_piece(GuestOffset& cursor, Pace& pace);
-  Result<GuestRange> next_below(GuestRange range);
+  Result<bool> pass_hole(GuestRange hole, GuestOffset& cursor);
+  Result<Extent> next_below(GuestRange range);
   void set_state(State state) EXCLUDES(mutex_);
   void stop() EXCLUDES(mutex_);
 

@@ -45,6 +45,8 @@ class Pace {
   /// How long to wait before the next piece, which comes `now`; begins a new measurement after a pause.
   Milliseconds wait(Milliseconds now, uint64_t next_bytes);
   bool wants_pause() const { return pause_; }
+  /// Whether speeds are asked for.
+  bool measures() const { return throttle_time_ > 0; }
 
  private:
   const int64_t throttle_time_;

@@ -287,7 +287,7 @@ class CrashRun {
     GuestRange range{window.begin + begin, rng_.between(1, window.length - begin)};
     if (rng_.one_in(30)) range = {GuestOffset(0), disk.size()};
     request_ = fmt::format("copy {:#x}+{:#x}", range.begin.bytes(), range.length);
-    const Result<> copied = disk.populate(range);
+    const Result<> copied = disk.populate(range, rng_.one_in(2) ? Holes::fill : Holes::keep);
     require(copied.has_value(), copied ? "" : copied.error().text());
   }
 

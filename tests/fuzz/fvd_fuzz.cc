@@ -22,7 +22,7 @@ class Nothing final : public Disk {
   }
   Result<> do_write(GuestOffset, ConstBytes) override { return {}; }
   Result<> do_write_zeroes(GuestRange, Zeroing) override { return {}; }
-  Result<> do_populate(GuestRange) override { return {}; }
+  Result<> do_populate(GuestRange, Holes) override { return {}; }
   Result<std::vector<Extent>> do_map(GuestRange range, size_t) override {
     return std::vector<Extent>{{.range = range}};
   }

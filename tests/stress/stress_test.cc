@@ -165,7 +165,8 @@ class Stress {
         return forget(sector, left);
       }
       case 2:
-        return require(disk_->populate(bytes(first, sectors_per_cluster())), "populate");
+        return require(disk_->populate(bytes(first, sectors_per_cluster()), rng.one_in(2) ? Holes::fill : Holes::keep),
+                       "populate");
       case 3:
       case 4:
         for (uint64_t i = first; i < first + sectors_per_cluster(); ++i) verify_owned(i);

@@ -208,8 +208,9 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
     return disk.discard(range);
   }
   if (kind == 3 && workload.populate && rng.one_in(3)) {
-    what = fmt::format("populate {:#x}+{:#x}", range.begin.bytes(), length);
-    return disk.populate(range);
+    const Holes holes = rng.one_in(2) ? Holes::fill : Holes::keep;
+    what = fmt::format("populate {:#x}+{:#x}{}", range.begin.bytes(), length, holes == Holes::keep ? " data" : "");
+    return disk.populate(range, holes);
   }
   const uint64_t seed = rng.next();
   what = fmt::format("write {:#x}+{:#x} #{:x}", range.begin.bytes(), length, seed & 0xffff);

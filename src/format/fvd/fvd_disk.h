@@ -34,7 +34,7 @@ class FvdDisk final : public Disk, private Flusher::Client {
   Result<> do_read(GuestOffset offset, Bytes out) override;
   Result<> do_write(GuestOffset offset, ConstBytes data) override;
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
-  Result<> do_populate(GuestRange range) override;
+  Result<> do_populate(GuestRange range, Holes holes) override;
   Result<> do_forget(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
@@ -55,9 +55,9 @@ class FvdDisk final : public Disk, private Flusher::Client {
   Result<> write_parts(GuestRange stored, std::span<const NewChunk> chunks, std::span<const ConstBytes> parts);
   Result<std::vector<NewChunk>> reserve_chunks(GuestRange range, GuestRange overwritten);
   Result<> zero_piece(GuestRange range, Zeroing zeroing);
-  Result<> zero_base(GuestRange range, Zeroing zeroing);
+  Result<> zero_base(GuestRange range, Zeroing zeroing, Durability durability);
   Result<> zero_host(HostRange range, Zeroing zeroing);
-  Result<> populate_piece(GuestRange range);
+  Result<> populate_piece(GuestRange range, Holes holes);
   Result<> return_to_base();
   Result<> zero_rest(GuestRange range);
 

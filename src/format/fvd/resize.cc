@@ -137,7 +137,7 @@ Result<> FvdDisk::make_table_room(const Header& wanted) {
 Result<> FvdDisk::preallocate_range(GuestRange range, Preallocation mode) {
   if (!header_.compact)
     return preallocate(*data_, {HostOffset(header_.data_start() + range.begin.bytes()), range.length}, mode);
-  IMG_TRY(populate_piece(range));
+  IMG_TRY(populate_piece(range, Holes::fill));
   while (mode == Preallocation::full && !range.empty()) {
     const Run run = map_.place(range);
     IMG_TRY(preallocate(*data_, {run.host, run.length}, mode));

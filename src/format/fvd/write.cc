@@ -185,7 +185,7 @@ Result<> FvdDisk::zero_piece(GuestRange range, Zeroing zeroing) {
     const GuestRange part{range.begin, run.length};
     map_.promote(part);
     if (run.kind == RunKind::image) IMG_TRY(zero_host({run.host, run.length}, zeroing));
-    if (run.kind == RunKind::base) IMG_TRY(zero_base(part, zeroing));
+    if (run.kind == RunKind::base) IMG_TRY(zero_base(part, zeroing, Durability::hard));
     range = {part.end(), range.length - part.length};
   }
   return {};
@@ -193,7 +193,7 @@ Result<> FvdDisk::zero_piece(GuestRange range, Zeroing zeroing) {
 
 /// Whole blocks need their place zeroed and their bit set; a compact image has no place for what has no chunk. Parts of
 /// blocks are written, with the rest of the block around them.
-Result<> FvdDisk::zero_base(GuestRange range, Zeroing zeroing) {
+Result<> FvdDisk::zero_base(GuestRange range, Zeroing zeroing, Durability durability) {
   const uint64_t end = map_.base_end();
   // The block that the base's end cuts is whole there.
   const GuestRange counted{
@@ -202,7 +202,7 @@ Result<> FvdDisk::zero_base(GuestRange range, Zeroing zeroing) {
   const auto write = [&](GuestRange part) -> Result<> {
     for (uint64_t done = 0; done < part.length;) {
       const ConstBytes zeros = zeroes(std::min<uint64_t>(part.length - done, kZeroesSize));
-      IMG_TRY(store(part.begin + done, zeros, Durability::hard));
+      IMG_TRY(store(part.begin + done, zeros, durability));
       done += zeros.size();
     }
     return {};
@@ -215,7 +215,7 @@ Result<> FvdDisk::zero_base(GuestRange range, Zeroing zeroing) {
       if (place.kind == RunKind::image) IMG_TRY(zero_host({place.host, place.length}, zeroing));
       left = {left.begin + place.length, left.length - place.length};
     }
-    map_.publish(whole, {}, Durability::hard);
+    map_.publish(whole, {}, durability);
   }
   return write(pieces.tail);
 }
@@ -227,14 +227,26 @@ Result<> FvdDisk::zero_host(HostRange range, Zeroing zeroing) {
 // ---- Copying from the base
 
 /// The copies are durable when it suits: a crash forgets them, and what the disk reads as stays what it is.
-Result<> FvdDisk::do_populate(GuestRange range) {
+Result<> FvdDisk::do_populate(GuestRange range, Holes holes) {
+  const uint64_t block = header_.uses_base() ? header_.block_size : kSector;
+  range = round_out(range, block);  // copied whole
+  range.length = std::min(range.end().bytes(), do_size()) - range.begin.bytes();
   while (!range.empty()) {
     IMG_TRY(latch_.check());
     const Run run = map_.lookup(range);
-    GuestRange piece{range.begin, std::min(run.length, run.kind == RunKind::base ? kCopy : kPiece)};
-    if (run.kind != RunKind::image) {
+    GuestRange piece{range.begin, std::min(run.length, round_up(kPiece, block))};
+    Holes in_piece = holes;
+    if (run.kind == RunKind::base) {
+      BelowRun below{piece.length, piece.begin.bytes() >= base_length_};
+      if (!below.zero) {
+        IMG_LET(below, run_below(*base_, base_length_, piece, block));
+      }
+      if (!below.zero) in_piece = Holes::fill;
+      piece.length = in_piece == Holes::keep ? below.length : std::min(below.length, round_up(kCopy, block));
+    }
+    if (run.kind == RunKind::base || (run.kind == RunKind::zero && holes == Holes::fill)) {
       const auto lease = ranges_.exclusive(exclusive_range(piece, Need::chunks));
-      IMG_TRY(populate_piece(piece));
+      IMG_TRY(populate_piece(piece, in_piece));
     }
     IMG_TRY(relieve());
     range = {piece.end(), range.length - piece.length};
@@ -242,16 +254,19 @@ Result<> FvdDisk::do_populate(GuestRange range) {
   return {};
 }
 
-Result<> FvdDisk::populate_piece(GuestRange range) {
+/// Holes::keep: the base reads as zeros in all of it.
+Result<> FvdDisk::populate_piece(GuestRange range, Holes holes) {
   while (!range.empty()) {
     const Run run = map_.lookup(range);
     GuestRange part{range.begin, run.length};
-    if (run.kind == RunKind::base) {
+    if (run.kind == RunKind::base && holes == Holes::keep) {
+      IMG_TRY(zero_base(part, Zeroing::may_free, Durability::soft));
+    } else if (run.kind == RunKind::base) {
       part.length = std::min(part.length, kCopy);
       Buffer content(part.length);
       IMG_TRY(read_base(part.begin, content.bytes()));
       IMG_TRY(store(part.begin, content.bytes(), Durability::soft));
-    } else if (run.kind == RunKind::zero) {
+    } else if (run.kind == RunKind::zero && holes == Holes::fill) {
       IMG_LET(const std::vector<NewChunk> chunks, reserve_chunks(part, {}));
       for (const NewChunk& chunk : chunks) (void)data_->allocate({chunks_.host(chunk.physical), header_.chunk_size});
       map_.publish({part.begin, 0}, chunks, Durability::soft);

@@ -44,7 +44,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> do_read(GuestOffset offset, Bytes out) override;
   Result<> do_write(GuestOffset offset, ConstBytes data) override;
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
-  Result<> do_populate(GuestRange range) override;
+  Result<> do_populate(GuestRange range, Holes holes) override;
   Result<> do_forget(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
@@ -88,6 +88,8 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> overwrite_with_zeroes(GuestRange range);
   Result<> forget_clusters(GuestRange range);
   Result<> populate_range(GuestRange range);
+  Result<> populate_data(GuestRange range);
+  Result<> make_zero(GuestRange range);
   Result<uint64_t> populate_run(const Mapping& mapping, GuestRange range);
 
   bool reads_zero(const Mapping& mapping, GuestRange range) const;

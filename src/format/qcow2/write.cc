@@ -324,7 +324,8 @@ Result<> Qcow2Disk::forget_clusters(GuestRange range) {
 
 // ---- Populating
 
-Result<> Qcow2Disk::do_populate(GuestRange range) {
+Result<> Qcow2Disk::do_populate(GuestRange range, Holes holes) {
+  if (holes == Holes::keep && !backing_) return {};
   const uint64_t size = do_size();
   while (!range.empty()) {
     IMG_TRY(latch_.check());
@@ -332,7 +333,8 @@ Result<> Qcow2Disk::do_populate(GuestRange range) {
     {
       const GuestRange clusters = round_out({range.begin, length}, image_.geometry.cluster_size);
       const auto lease = ranges_.exclusive(clusters);
-      IMG_TRY(note(populate_range({clusters.begin, std::min(clusters.end().bytes(), size) - clusters.begin.bytes()})));
+      const GuestRange part{clusters.begin, std::min(clusters.end().bytes(), size) - clusters.begin.bytes()};
+      IMG_TRY(note(holes == Holes::keep ? populate_data(part) : populate_range(part)));
     }
     IMG_TRY(relieve());
     range = {range.begin + length, range.length - length};
@@ -345,6 +347,36 @@ Result<> Qcow2Disk::populate_range(GuestRange range) {
     IMG_LET(const Mapping run, map_.lookup(range));
     IMG_LET(const uint64_t done, populate_run(run, {range.begin, run.length}));
     range = {range.begin + done, range.length - done};
+  }
+  return {};
+}
+
+/// Gives host space to what shows data of the backing file, and to holes if the format wants it so.
+Result<> Qcow2Disk::populate_data(GuestRange range) {
+  const Geometry& g = image_.geometry;
+  while (!range.empty()) {
+    IMG_LET(const Mapping run, map_.lookup(range));
+    GuestRange part{range.begin, run.length};
+    const bool shows = run.kind == ClusterKind::unallocated || run.kind == ClusterKind::reserved;
+    if (shows && part.begin.bytes() < backing_size_) {
+      IMG_LET(const BelowRun below, run_below(*backing_, backing_size_, part, g.subcluster_size));
+      part.length = below.length;
+      IMG_TRY(below.zero && g.has_zero_flag() ? make_zero(part) : populate_range(part));
+    }
+    range = {part.end(), range.length - part.length};
+  }
+  return {};
+}
+
+/// Entries of whole subclusters, none of them compressed, come to say that there are zeros.
+Result<> Qcow2Disk::make_zero(GuestRange range) {
+  const uint64_t coverage = image_.geometry.slice_coverage();
+  range = round_out(range, image_.geometry.subcluster_size);  // the end of the disk may cut the last one
+  while (!range.empty()) {
+    IMG_LET(const TableCache::Pin slice, map_.writable_slice(range.begin));
+    const GuestRange part{range.begin, std::min(range.length, coverage - range.begin.bytes() % coverage)};
+    map_.zero(slice, part, true);
+    range = {part.end(), range.length - part.length};
   }
   return {};
 }

@@ -36,7 +36,7 @@ class QedDisk final : public Disk, private Flusher::Client {
   Result<> do_read(GuestOffset offset, Bytes out) override;
   Result<> do_write(GuestOffset offset, ConstBytes data) override;
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
-  Result<> do_populate(GuestRange range) override;
+  Result<> do_populate(GuestRange range, Holes holes) override;
   Result<> do_forget(GuestRange range) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
@@ -59,7 +59,8 @@ class QedDisk final : public Disk, private Flusher::Client {
   Result<> zero_range(GuestRange range, Zeroing zeroing);
   Result<> zero_part(GuestRange range);
   Result<> zero_clusters(GuestRange range, Zeroing zeroing);
-  Result<> populate_range(GuestRange range);
+  Result<> populate_range(GuestRange range, Holes holes);
+  Result<> populate_clusters(const TableCache::Pin& slice, GuestRange range, bool zero);
 
   template <class Piece>
   Result<> in_pieces(GuestRange range, Piece piece);

@@ -188,27 +188,43 @@ Result<> QedDisk::do_forget(GuestRange) {
   return fail(ErrorCode::unsupported, "{} is a QED image, whose clusters cannot be taken back", storage_->info().name);
 }
 
-Result<> QedDisk::do_populate(GuestRange range) {
-  return in_pieces(range, [&](GuestRange part) { return populate_range(part); });
+Result<> QedDisk::do_populate(GuestRange range, Holes holes) {
+  return in_pieces(range, [&](GuestRange part) { return populate_range(part, holes); });
 }
 
-Result<> QedDisk::populate_range(GuestRange range) {
+Result<> QedDisk::populate_range(GuestRange range, Holes holes) {
   const Geometry& g = image_.geometry;
   range = round_out(range, g.cluster_size);
   while (!range.empty()) {
     IMG_LET(const Mapping run, map_.lookup(range));
     GuestRange part{range.begin, run.length};
-    if (run.kind != ClusterKind::data) {
+    const bool zero = reads_zero(run, part);
+    if (run.kind != ClusterKind::data && !(zero && holes == Holes::keep)) {
       part.length = std::min(part.length, g.slice_coverage() - part.begin.bytes() % g.slice_coverage());
+      BelowRun below{part.length};
+      if (holes == Holes::keep) {
+        IMG_LET(below, run_below(*backing_, backing_size_, part, g.cluster_size));
+      }
+      part.length = below.length;
       IMG_LET(const TableCache::Pin slice, begin_change(part.begin));
-      IMG_LET(Reservation reservation, allocator_.reserve(part.length));
-      IMG_TRY(storage_->allocate(reservation.range()));
-      if (!reads_zero(run, part)) IMG_TRY(copy(part, reservation.host()));
-      map_.link(slice, part, reservation.host());
-      reservation.commit();
+      if (below.zero) {
+        map_.link_zero(slice, part);
+      } else {
+        IMG_TRY(populate_clusters(slice, part, zero));
+      }
     }
     range = {part.end(), range.length - part.length};
   }
+  return {};
+}
+
+/// Gives clusters that are not data their own place, with what they read as.
+Result<> QedDisk::populate_clusters(const TableCache::Pin& slice, GuestRange range, bool zero) {
+  IMG_LET(Reservation reservation, allocator_.reserve(range.length));
+  IMG_TRY(storage_->allocate(reservation.range()));
+  if (!zero) IMG_TRY(copy(range, reservation.host()));
+  map_.link(slice, range, reservation.host());
+  reservation.commit();
   return {};
 }
 

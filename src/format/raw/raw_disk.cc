@@ -41,7 +41,7 @@ class RawDisk final : public Disk {
   Result<> do_read(GuestOffset offset, Bytes out) override { return storage_->read(host(offset), out); }
   Result<> do_write(GuestOffset offset, ConstBytes data) override;
   Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override;
-  Result<> do_populate(GuestRange range) override;
+  Result<> do_populate(GuestRange range, Holes holes) override;
   Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override;
   Result<> do_flush() override;
   Result<> do_resize(uint64_t size, ResizeOptions options) override;
@@ -109,7 +109,8 @@ Result<> RawDisk::do_write_zeroes(GuestRange range, Zeroing zeroing) {
   return {};
 }
 
-Result<> RawDisk::do_populate(GuestRange range) {
+Result<> RawDisk::do_populate(GuestRange range, Holes holes) {
+  if (holes == Holes::keep) return {};  // there is nothing below
   while (!range.empty()) {
     IMG_TRY(latch_.check());
     const GuestRange step{range.begin, std::min(range.length, kLongestStep)};

@@ -63,7 +63,7 @@ class MemoryDisk : public Disk {
       mark(range, zeroing == Zeroing::may_free ? ExtentKind::hole : ExtentKind::zero);
     return {};
   }
-  Result<> do_populate(GuestRange range) override {
+  Result<> do_populate(GuestRange range, Holes) override {
     const Lock lock(mutex_);
     IMG_TRY(status());
     mark(range, ExtentKind::data);

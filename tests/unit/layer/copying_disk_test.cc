@@ -50,6 +50,7 @@ MemImage base_content() {
 
 MemImage overlay(const std::string& format) {
   if (format == "qcow2") return make_qcow2({.size = kSize, .backing = "base.raw"});
+  if (format == "qed") return make_qed({.size = kSize, .backing = "base.raw"});
   FvdSpec spec{.size = kSize, .base = true, .base_size = kSize};
   spec.own.block_size = 65536;
   spec.own.compact = format == "fvd, compact";
@@ -57,9 +58,8 @@ MemImage overlay(const std::string& format) {
   return make_fvd(spec);
 }
 
-Result<std::unique_ptr<Disk>> open(const std::string& format, std::shared_ptr<Storage> storage) {
-  if (format == "qcow2") return open_qcow2(std::move(storage), {.backing = base_content()});
-  return open_fvd(std::move(storage), {.backing = base_content()});
+Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, const MemImage& base = base_content()) {
+  return open_image(std::move(storage), {.backing = base});
 }
 
 struct Copied {
@@ -67,7 +67,7 @@ struct Copied {
     gates = std::make_shared<GateStorage>(storage);
     auto own_clock = std::make_unique<StepClock>();
     clock = own_clock.get();
-    disk = std::make_unique<CopyingDisk>(must(open(format, gates)), std::move(options), std::move(own_clock));
+    disk = std::make_unique<CopyingDisk>(must(open(gates)), std::move(options), std::move(own_clock));
   }
   ~Copied() {
     if (disk) (void)disk->close();
@@ -103,7 +103,7 @@ CopyOptions everything() {
   return options;
 }
 
-const std::vector<std::string> kFormats = {"qcow2", "fvd", "fvd, compact"};
+const std::vector<std::string> kFormats = {"qcow2", "qed", "fvd", "fvd, compact"};
 
 }  // namespace
 
@@ -160,7 +160,7 @@ TEST_CASE("copy-on-read: a copy that fails is nobody's error, and the base is st
   set_log_sink([](LogLevel, const std::string&) {});
   const auto storage = std::make_shared<MemStorage>(overlay("fvd"));
   const auto faults = std::make_shared<FaultStorage>(storage);
-  CopyingDisk disk(must(open("fvd", faults)), on_read(), std::make_unique<StepClock>());
+  CopyingDisk disk(must(open(faults)), on_read(), std::make_unique<StepClock>());
   faults->fail_call(1, ErrorCode::no_space, {.calls = Call::write, .later = true});
 
   (void)read_all(disk, GuestOffset(0), 4096);
@@ -192,10 +192,31 @@ TEST_CASE("prefetch: everything is copied, the progress says so, and the base is
     CHECK(read_all(*c.disk, GuestOffset(0), kSize) == wanted);
     must(c.disk->close());
     c.disk.reset();
-    if (format == "qcow2") continue;
+    if (format == "qcow2" || format == "qed") continue;
     auto alone = must(fvd::open(c.storage, {}));  // which has no way to a base
     CHECK(read_all(*alone, GuestOffset(0), kSize) == wanted);
     must(alone->close());
+  }
+}
+
+TEST_CASE("prefetch: holes of the base become zeros that take no host space") {
+  MemImage base;
+  base.write(1_MiB, pattern(65536, 8));
+  base.write(3_MiB + 70000, pattern(10, 8));
+  base.resize(kSize);
+  for (const std::string& format : kFormats) {
+    CAPTURE(format);
+    const auto storage = std::make_shared<MemStorage>(overlay(format));
+    CopyingDisk disk(must(open(storage, base)), everything(), std::make_unique<StepClock>());
+
+    while (disk.background_copy()->progress().state != BackgroundCopy::State::finished) std::this_thread::yield();
+
+    CHECK(storage->counts().bytes_written < 1_MiB);
+    for (const Extent& extent : must(disk.map({GuestOffset(0), kSize}))) CHECK(extent.depth == 0);
+    std::vector<std::byte> wanted(kSize);
+    base.read(0, wanted);
+    CHECK(read_all(disk, GuestOffset(0), kSize) == wanted);
+    must(disk.close());
   }
 }
 
@@ -212,12 +233,12 @@ TEST_CASE("prefetch: begins after its delay, and what is there already is not co
 
 TEST_CASE("prefetch: an image that was closed in the middle goes on where it was") {
   const auto storage = std::make_shared<MemStorage>(overlay("fvd"));
-  auto first = must(open("fvd", storage));
+  auto first = must(open(storage));
   must(first->populate({GuestOffset(0), 3_MiB}));
   must(first->close());
   storage->counts().reset();
 
-  CopyingDisk second(must(open("fvd", storage)), everything(), std::make_unique<StepClock>());
+  CopyingDisk second(must(open(storage)), everything(), std::make_unique<StepClock>());
   while (second.background_copy()->progress().state != BackgroundCopy::State::finished) std::this_thread::yield();
   must(second.close());
 
@@ -235,7 +256,7 @@ TEST_CASE("prefetch: a slow base makes pauses, whose length chance decides") {
   auto own_clock = std::make_unique<StepClock>();
   StepClock* clock = own_clock.get();
   clock->set_work(Milliseconds(60));
-  CopyingDisk disk(must(open("fvd", storage)), options, std::move(own_clock));
+  CopyingDisk disk(must(open(storage)), options, std::move(own_clock));
   while (disk.background_copy()->progress().state != BackgroundCopy::State::finished) std::this_thread::yield();
 
   CHECK(clock->waits().size() >= 10);
@@ -285,7 +306,7 @@ TEST_CASE("prefetch: closing stops it, and keeps what was copied") {
   must(closing.get());
 
   c.disk.reset();
-  auto disk = must(open("fvd", c.storage));
+  auto disk = must(open(c.storage));
   CHECK(must(disk->map({GuestOffset(0), kSize})).front().depth == 0);
   CHECK(read_all(*disk, GuestOffset(0), kSize) == pattern(kSize, 8));
   must(disk->close());

@@ -217,6 +217,27 @@ TEST_CASE("qcow2: version 2 has no zero clusters, and still a discard does not b
   check_sound(disk.memory->image());
 }
 
+TEST_CASE_TEMPLATE("populating can keep holes: what has no data below gets no host space", Kind, IMG_EVERY_KIND) {
+  MemImage below;
+  below.write(2 * kCluster + 1000, pattern(100));
+  below.write(4 * kCluster - 10, pattern(20));
+  below.resize(6 * kCluster);
+  const WatchedDisk disk = open_watched(Kind::image({.size = 8 * kCluster, .backing = "base"}), {.backing = below});
+  const auto before = read_all(*disk.disk, GuestOffset(0), 8 * kCluster);
+
+  must(disk->populate({GuestOffset(100), 8 * kCluster - 200}, Holes::keep));
+
+  CHECK(read_all(*disk.disk, GuestOffset(0), 8 * kCluster) == before);
+  uint64_t allocated = 0;
+  for (const Extent& extent : must(disk->map({GuestOffset(0), 8 * kCluster}))) {
+    CHECK(extent.depth == 0);
+    if (extent.allocated) allocated += extent.range.length;
+  }
+  CHECK(allocated == 3 * kCluster);
+  must(disk->close());
+  check_sound(disk.memory->image());
+}
+
 TEST_CASE_TEMPLATE("populating makes a range local and changes nothing of it", Kind, IMG_EVERY_KIND) {
   const auto below = pattern(4 * kCluster);
   const WatchedDisk disk =
