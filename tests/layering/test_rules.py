@@ -4,10 +4,11 @@ import unittest
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-WANTED = {str(n) for n in range(1, 101)} | {'q%d' % n for n in range(1, 61)} | {'e%d' % n for n in range(1, 16)} | {'qed', 'fvd'}
+WANTED = {str(n) for n in range(1, 101)} | {'q%d' % n for n in range(1, 61)} | {'e%d' % n for n in range(1, 16)} | \
+    {'f%d' % n for n in range(1, 19)} | {'qed', 'fvd'}
 NOT_BUILT = {'not yet built: ' + system for system in ('mirror',)}
 
-ROW = re.compile(r'^\| ([qe]?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
+ROW = re.compile(r'^\| ([qef]?\d+|[a-z]+) \| (.+) \| (.+) \|$', re.MULTILINE)
 NAMED = re.compile(r'`([^`]+)`: `([^`]+)`')
 CASE = re.compile(r'TEST_CASE(?:_TEMPLATE)?\(\s*((?:"(?:[^"\\]|\\.)*"\s*)+)[,)]')
 

@@ -64,6 +64,7 @@ void FvdView::replay(uint64_t offset, uint64_t sectors) {
         for (uint64_t s = first; s < first + count && !all_data && s * 512 < base_size; ++s)
           in_image[s * 512 / block_size] = true;
         ++bitmap_records;
+        at += 16;
         break;
       }
       if (type != 0xB4E6F7AC) break;
@@ -80,6 +81,8 @@ void FvdView::replay(uint64_t offset, uint64_t sectors) {
       ++table_records;
       at += 12 + count * 4;
     }
+    for (; at > 0 && at < 512; at += 4)  // what memory held before shall not get into an image
+      if (number(start + at, 4) != 0) journal_error_ = fmt::format("journal sector {}: bytes behind its end", sector);
     if (at > 0 || number(start, 4) != 0) ++used_journal_sectors;
   }
 }

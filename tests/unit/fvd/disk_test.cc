@@ -488,6 +488,25 @@ TEST_CASE("fvd: a table without room takes it from the journal, or the growth is
   CHECK(refused.error().text().find("imgfuse convert") != std::string::npos);
 }
 
+TEST_CASE("fvd: a data file that is longer than the disk keeps its length") {
+  for (const bool is_compact : {false, true}) {
+    CAPTURE(is_compact);
+    FvdSpec spec = compact(65536);
+    spec.own.compact = is_compact;
+    spec.data_file = "data";
+    MemImage longer;
+    longer.resize(spec.size + 3_MiB);
+    const auto data = std::make_shared<MemStorage>(longer);
+    auto disk = must(open_fvd(std::make_shared<MemStorage>(make_fvd(spec)), {.data = data}));
+
+    (void)read_all(*disk, GuestOffset(0), 4096);
+    must(disk->write(GuestOffset(0), pattern(100000, 1)));
+    must(disk->close());
+
+    CHECK(must(data->size()) >= longer.size());
+  }
+}
+
 TEST_CASE("fvd: data in a file of their own begin at its start") {
   for (const bool is_compact : {false, true}) {
     CAPTURE(is_compact);

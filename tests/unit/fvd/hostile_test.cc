@@ -87,6 +87,14 @@ std::vector<Attack> attacks() {
   return {
       {"another magic", field<uint32_t>(0, 0x12345678), refused, "magic"},
       {"the magic of the later draft", field<uint32_t>(0, 0x00445646), refused, "later FVD draft"},
+      {"a field more before the journal's: the layout of February 2011",
+       [](MemImage& image) {
+         std::array<std::byte, 48> fields;
+         image.read(kJournalOffset, fields);
+         image.write(kJournalOffset + 4, fields);
+         set<uint32_t>(image, kJournalOffset, 1);
+       },
+       refused, "February 2011"},
       {"version 0", field<uint32_t>(4, 0), refused, "version 0"},
       {"version 2", field<uint32_t>(4, 2), refused, "version 2"},
       {"a size that ends inside a sector", field<uint64_t>(kSize, kDisk + 1), refused, "virtual disk size"},
@@ -183,6 +191,7 @@ std::vector<Attack> attacks() {
       {"a bitmap record at the end of all numbers", journal(2, {kBitmapType, 8, 0xFFFFFFFF, 0xFFFFFFFF}), refused,
        "sectors"},
       {"a bitmap record of nothing", journal(2, {kBitmapType, 0, 0, 0}), as_it_was, ""},
+      {"a record behind a bitmap record", journal(2, {kBitmapType, 8, 0, 0, kTableType, 0, 1, 5}), as_it_was, ""},
       {"an unknown record", journal(2, {0xDEADBEEF, 1, 2, 3}), as_it_was, ""},
       {"two entries for one chunk",
        [](MemImage& image) {
