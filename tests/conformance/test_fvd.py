@@ -208,6 +208,26 @@ class Commands(FvdCase):
         self.assertTrue(other.read_bytes() == bytes(model))
         self.assert_reads(image, model)
 
+    def test_commit_of_an_image_that_is_longer_than_its_base(self):
+        base = self.path('short.raw')
+        base.write_bytes(bytes(range(256)) * 4096)
+        for compact in ('on', 'off'):
+            with self.subTest(compact=compact):
+                image = self.path('long.fvd')
+                image.unlink(missing_ok=True)
+                imgfuse('create', '-f', 'fvd', '-b', base, '-F', 'raw', '-o', 'compact_image=' + compact, image, '8M')
+                mount = self.mount(image)
+                with open(mount.disk, 'r+b') as disk:
+                    for at in (4096, 1 << 20, (8 << 20) - 5000):
+                        disk.seek(at)
+                        disk.write(b'guest' * 1000)
+                model = mount.disk.read_bytes()
+                mount.unmount()
+                imgfuse('commit', image)
+                self.assertEqual(base.read_bytes(), model)
+                self.assert_reads(image, model)
+                os.truncate(base, 1 << 20)
+
     def test_what_the_format_does_not_have_is_refused_in_words(self):
         image = self.create()
         for command in (('snapshot', 'create', image, 'one'), ('bitmap', 'add', image, 'one'),

@@ -28,8 +28,10 @@ Result<uint32_t> find_base(const Request& request, const std::vector<ImageInfo>&
   return fail(ErrorCode::not_found, "{} is not in the backing chain of {}", *request.base, request.image);
 }
 
-/// A format that cannot take clusters back keeps what the base holds too.
-Result<> empty(Disk& overlay) {
+/// What cannot be emptied keeps what the base holds too: formats that take no cluster back, and FVD images that are
+/// longer than what they show of their base.
+Result<> empty(Disk& overlay, const ImageInfo& image) {
+  if (image.fvd && image.fvd->base_size < image.virtual_size) return {};
   Result<> emptied = overlay.forget({GuestOffset(0), overlay.size()});
   if (!emptied && emptied.error().code() == ErrorCode::unsupported) return {};
   return emptied;
@@ -57,7 +59,7 @@ Result<> commit_image(const Request& request, Io& io) {
   }
   IMG_TRY(base.close());
   // With images in between, which do not hold what the base does now, the overlay alone stays right.
-  if (!request.keep && !request.base) IMG_TRY(empty(*overlay));
+  if (!request.keep && !request.base) IMG_TRY(empty(*overlay, chain.front()));
   return overlay.close();
 }
 
