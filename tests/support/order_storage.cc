@@ -152,6 +152,7 @@ void OrderStorage::start_epoch() {
   view_ = ImageView::parse(current_);
   if (!can_be_watched(durable) || !can_be_watched(view_)) view_.reset();
   postponed_ = view_ && durable->is_lazy() && view_->is_lazy();
+  shows_zeros_ = view_ && durable->may_show_zeros() && view_->may_show_zeros();
   tables_may_change_ = durable && durable->tables_may_change();
   possible_.clear();
   least_.clear();
@@ -243,6 +244,7 @@ void OrderStorage::check_metadata(const Change& change) {
     violation("tables change, but the durable header says that they need no check");
   view_ = std::move(next);
   postponed_ = postponed_ && view_->is_lazy();
+  shows_zeros_ = shows_zeros_ && view_->may_show_zeros();
   if (switches_tables(change)) return check_switch();
   check_refcount_table(change);
 
@@ -351,7 +353,7 @@ bool OrderStorage::may_show_early(const Reference& reference, uint64_t part) con
   const bool showed_nothing = std::none_of(possible_.begin(), possible_.end(), [&](const Reference& other) {
     return other.owner == reference.owner && (other.shown != 0 || other.is_stream());
   });
-  return postponed_ && showed_nothing && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
+  return shows_zeros_ && showed_nothing && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
 }
 
 /// Whatever a crash leaves of a table that is full of zeros durably is a table too.

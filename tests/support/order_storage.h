@@ -114,6 +114,7 @@ class OrderStorage final : public Storage {
   bool switching_ GUARDED_BY(mutex_) = false;                 // between a switch of tables and its flush
   std::shared_ptr<const ImageView> view_ GUARDED_BY(mutex_);  // of current_; null: asleep
   bool postponed_ GUARDED_BY(mutex_) = false;                 // no crash leaves an image whose counts are believed
+  bool shows_zeros_ GUARDED_BY(mutex_) = false;               // whatever a crash leaves, it may show zeros
   std::vector<Reference> possible_ GUARDED_BY(mutex_);     // of durable_, and of current_ since the last flush; sorted
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
   std::map<uint64_t, Switched> switched_ GUARDED_BY(mutex_);  // by cluster, until that change is durable

@@ -18,6 +18,7 @@ class QedView final : public ImageView {
   uint64_t cluster_size() const override { return cluster_size_; }
   /// NEED_CHECK is set, or there is a backing file, with which it is not used.
   bool tables_may_change() const override { return (features_ & 3) != 0; }
+  bool may_show_zeros() const override { return (features_ & 1) == 0; }  // no backing file
   bool punches_in_place() const override { return true; }
   uint64_t count(uint64_t cluster) const override { return cluster < file_clusters_; }
   bool needs_check() const { return (features_ & 2) != 0; }

@@ -213,6 +213,21 @@ TEST_CASE_TEMPLATE("a write that is linked during a flush is published by the ne
   d.close();
 }
 
+TEST_CASE_TEMPLATE("a cluster that was populated may be written while a flush makes it durable", Kind, IMG_EVERY_KIND) {
+  GatedDisk d(Kind::image({.size = 4_MiB}));
+  must(d.disk->populate({GuestOffset(2_MiB), kCluster}));
+  const auto gate = d.gates->hold(Call::flush, Point::after);
+  auto flush = in_background([&] { return d.disk->flush(); });
+  gate->wait_for_arrival();
+
+  must(d.disk->write(GuestOffset(2_MiB), pattern(kCluster, 3)));
+  gate->open();
+  must(flush.get());
+
+  CHECK(d.read(2_MiB, kCluster) == pattern(kCluster, 3));
+  d.close();
+}
+
 TEST_CASE_TEMPLATE("flushes that arrive during a flush share the next one", Kind, IMG_EVERY_KIND) {
   GatedDisk d(Kind::image());
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
