@@ -543,11 +543,15 @@ class Locks(ImageCase):
     def test_an_image_that_qemu_writes_is_refused_by_the_name_of_the_holder(self):
         image = self.qcow2()
         holder = subprocess.Popen(['qemu-io', '-f', 'qcow2', str(image)], stdin=subprocess.PIPE,
-                                  stdout=subprocess.DEVNULL)
+                                  stdout=subprocess.PIPE)
+        self.addCleanup(holder.stdout.close)
         self.addCleanup(holder.wait)
         self.addCleanup(holder.kill)
         self.addCleanup(holder.stdin.close)
-        wait_until(lambda: attempt('qemu-img', 'info', image).status != 0, what="QEMU's lock")
+        # Its answer tells that it has the lock. Trying to open the image until that fails could keep it from it.
+        holder.stdin.write(b'length\n')
+        holder.stdin.flush()
+        self.assertIn(b'64 MiB', holder.stdout.readline())
         self.path('point').touch()
 
         outcome = attempt(IMGFUSE, image, self.path('point'))
