@@ -60,7 +60,7 @@ TEST_CASE("fvd check: a sound image is sound, and the numbers are its own") {
 
 TEST_CASE("fvd check: leaked chunks that hold data are counted, and emptied by a repair") {
   MemImage image = sample();
-  set<uint32_t>(image, table_of(image) + 3 * 4, 0xFFFFFFFF);
+  poke_le<uint32_t>(image, table_of(image) + 3 * 4, 0xFFFFFFFF);
 
   CHECK(check(image).report.leaks == 1);
   CHECK(check(image).report.corruptions == 0);
@@ -73,8 +73,8 @@ TEST_CASE("fvd check: leaked chunks that hold data are counted, and emptied by a
 
 TEST_CASE("fvd check: bits behind the last block are counted, and cleared by a repair") {
   MemImage image = sample();
-  const uint64_t last = look_at<uint64_t>(image, kBitmapOffset) + 513 / 8;
-  set<uint8_t>(image, last, static_cast<uint8_t>(look_at<uint8_t>(image, last) | 0x80));
+  const uint64_t last = peek_le<uint64_t>(image, kBitmapOffset) + 513 / 8;
+  poke_le<uint8_t>(image, last, static_cast<uint8_t>(peek_le<uint8_t>(image, last) | 0x80));
 
   CHECK(check(image).report.leaks == 1);
   const Checked repaired = check(image, Repair::leaks);
@@ -84,7 +84,7 @@ TEST_CASE("fvd check: bits behind the last block are counted, and cleared by a r
 
 TEST_CASE("fvd check: two entries for one chunk are corruption that no repair decides") {
   MemImage image = sample();
-  set<uint32_t>(image, table_of(image) + 40 * 4, 5);
+  poke_le<uint32_t>(image, table_of(image) + 40 * 4, 5);
 
   for (const Repair repair : {Repair::none, Repair::leaks, Repair::all}) {
     const Checked checked = check(image, repair);
@@ -96,7 +96,7 @@ TEST_CASE("fvd check: two entries for one chunk are corruption that no repair de
 
 TEST_CASE("fvd check: an entry past the end of the file is corruption, and empty after a full repair") {
   MemImage image = sample();
-  set<uint32_t>(image, table_of(image) + 40 * 4, 5000);
+  poke_le<uint32_t>(image, table_of(image) + 40 * 4, 5000);
 
   CHECK(check(image).report.corruptions == 1);
   CHECK(check(image, Repair::leaks).report.corruptions == 1);
@@ -117,33 +117,33 @@ TEST_CASE("fvd check: a crashed image is sound, and a repair brings its journal 
 
   CHECK(check(crashed).report.clean());
   const Checked repaired = check(crashed, Repair::leaks);
-  CHECK(look_at<uint32_t>(repaired.image, kClean) == 1);
+  CHECK(peek_le<uint32_t>(repaired.image, kClean) == 1);
   CHECK(FvdView::parse(repaired.image)->used_journal_sectors == 0);
   CHECK(content(repaired.image) == content(crashed));
 }
 
 TEST_CASE("fvd check: an unclean image without a journal is taken as it is by a full repair only") {
   MemImage image = sample(false);
-  set<uint32_t>(image, kClean, 0);
+  poke_le<uint32_t>(image, kClean, 0);
 
   CHECK(check(image).report.corruptions == 1);
-  CHECK(look_at<uint32_t>(check(image, Repair::leaks).image, kClean) == 0);
+  CHECK(peek_le<uint32_t>(check(image, Repair::leaks).image, kClean) == 0);
   const Checked repaired = check(image, Repair::all);
   CHECK(repaired.report.corruptions_fixed == 1);
-  CHECK(look_at<uint32_t>(repaired.image, kClean) == 1);
+  CHECK(peek_le<uint32_t>(repaired.image, kClean) == 1);
 }
 
 TEST_CASE("fvd check: a damaged journal is corruption, and is left alone") {
   MemImage image = sample();
-  set<uint32_t>(image, kClean, 0);
-  set<uint32_t>(image, journal_of(image), kTableType);
-  set<uint32_t>(image, journal_of(image) + 8, 1000);
+  poke_le<uint32_t>(image, kClean, 0);
+  poke_le<uint32_t>(image, journal_of(image), kTableType);
+  poke_le<uint32_t>(image, journal_of(image) + 8, 1000);
 
   const Checked checked = check(image, Repair::all);
 
   CHECK(checked.report.corruptions == 1);
   CHECK(checked.report.check_errors == 1);
-  CHECK(look_at<uint32_t>(checked.image, journal_of(image)) == kTableType);
+  CHECK(peek_le<uint32_t>(checked.image, journal_of(image)) == kTableType);
 }
 
 }  // namespace imgfuse::test

@@ -132,7 +132,7 @@ TEST_CASE("fvd: copies from the base cost no flush and no metadata") {
   CHECK(c.memory->counts().flushes == 0);
   CHECK(c.memory->counts().bytes_written == 1_MiB);
   CHECK(c.journal_sectors() == before);
-  std::vector<std::byte> then(look_at<uint64_t>(image, kMetadataSize)), now(then.size());
+  std::vector<std::byte> then(peek_le<uint64_t>(image, kMetadataSize)), now(then.size());
   image.read(0, then);
   c.memory->image().read(0, now);
   CHECK(then == now);

@@ -9,7 +9,7 @@ namespace {
 
 std::string text_at(const MemImage& image, uint64_t offset) {
   std::string text;
-  for (; const char c = static_cast<char>(look_at<uint8_t>(image, offset)); ++offset) text += c;
+  for (; const char c = static_cast<char>(peek_le<uint8_t>(image, offset)); ++offset) text += c;
   return text;
 }
 
@@ -35,13 +35,13 @@ MemImage empty(uint64_t size) {
 TEST_CASE("fvd create: without a base and not compact there is a header and nothing else") {
   const MemImage image = must(create({.format = "fvd", .size = 1_MiB}));
 
-  CHECK(look_at<uint32_t>(image, 0) == 0x5143F5A9);
-  CHECK(look_at<uint32_t>(image, 4) == 1);
-  CHECK(look_at<uint32_t>(image, kAllData) == 1);
-  CHECK(look_at<uint64_t>(image, kSize) == 1_MiB);
-  CHECK(look_at<uint64_t>(image, kMetadataSize) == 8192);
-  CHECK(look_at<uint64_t>(image, kJournalSize) == 0);
-  CHECK(look_at<uint32_t>(image, kClean) == 1);
+  CHECK(peek_le<uint32_t>(image, 0) == 0x5143F5A9);
+  CHECK(peek_le<uint32_t>(image, 4) == 1);
+  CHECK(peek_le<uint32_t>(image, kAllData) == 1);
+  CHECK(peek_le<uint64_t>(image, kSize) == 1_MiB);
+  CHECK(peek_le<uint64_t>(image, kMetadataSize) == 8192);
+  CHECK(peek_le<uint64_t>(image, kJournalSize) == 0);
+  CHECK(peek_le<uint32_t>(image, kClean) == 1);
   CHECK(image.size() == 8192 + 1_MiB);
   std::vector<std::byte> rest(8192 - 4336);
   image.read(4336, rest);
@@ -52,25 +52,25 @@ TEST_CASE("fvd create: the defaults with a base are the original's") {
   auto base = make_raw_disk(empty(10_MiB + 100));
   const MemImage image = must(create(over_base(16_MiB), base.get()));
 
-  CHECK(look_at<uint32_t>(image, kAllData) == 0);
+  CHECK(peek_le<uint32_t>(image, kAllData) == 0);
   CHECK(text_at(image, kBaseName) == "base.raw");
   CHECK(text_at(image, kBaseFormat) == "raw");
-  CHECK(look_at<uint64_t>(image, kBaseSize) == 10_MiB + 512);
-  CHECK(look_at<uint32_t>(image, kBlockSize) == 512);
-  CHECK(look_at<uint64_t>(image, kBitmapOffset) == 8192);
-  CHECK(look_at<uint64_t>(image, kBitmapSize) == 4096);
-  CHECK(look_at<uint64_t>(image, kJournalOffset) == 12288);
-  CHECK(look_at<uint64_t>(image, kJournalSize) == 16_MiB);
-  CHECK(look_at<uint64_t>(image, kMetadataSize) == 12288 + 16_MiB);
-  CHECK(look_at<uint32_t>(image, kCopyOnRead) == 0);
-  CHECK(look_at<uint64_t>(image, 1100) == 2000000);
+  CHECK(peek_le<uint64_t>(image, kBaseSize) == 10_MiB + 512);
+  CHECK(peek_le<uint32_t>(image, kBlockSize) == 512);
+  CHECK(peek_le<uint64_t>(image, kBitmapOffset) == 8192);
+  CHECK(peek_le<uint64_t>(image, kBitmapSize) == 4096);
+  CHECK(peek_le<uint64_t>(image, kJournalOffset) == 12288);
+  CHECK(peek_le<uint64_t>(image, kJournalSize) == 16_MiB);
+  CHECK(peek_le<uint64_t>(image, kMetadataSize) == 12288 + 16_MiB);
+  CHECK(peek_le<uint32_t>(image, kCopyOnRead) == 0);
+  CHECK(peek_le<uint64_t>(image, 1100) == 2000000);
   const std::vector<std::pair<uint64_t, uint32_t>> prefetch = {
       {2148, 0xFFFFFFFF}, {2168, 2},    {2172, 1048576},   {2176, 100},        {2180, 100},
       {2184, 80},         {2188, 5120}, {2192, 5120},      {2196, 1000000000}, {2200, 1000000000},
       {2204, 30000},      {4312, 4096}, {4316, 0xFFFFFFFF}};
   for (const auto& field : prefetch) {
     CAPTURE(field.first);
-    CHECK(look_at<uint32_t>(image, field.first) == field.second);
+    CHECK(peek_le<uint32_t>(image, field.first) == field.second);
   }
 }
 
@@ -85,15 +85,15 @@ TEST_CASE("fvd create: sizes are rounded as the original rounds them") {
   options.fvd.prefetch_start_delay = 0;
   const MemImage image = must(create(options, base.get()));
 
-  CHECK(look_at<uint32_t>(image, kBlockSize) == 1024);
-  CHECK(look_at<uint64_t>(image, kChunkSize) == 8192);
-  CHECK(look_at<uint64_t>(image, kGrowUnit) == 8192);
+  CHECK(peek_le<uint32_t>(image, kBlockSize) == 1024);
+  CHECK(peek_le<uint64_t>(image, kChunkSize) == 8192);
+  CHECK(peek_le<uint64_t>(image, kGrowUnit) == 8192);
   const uint64_t entries = 100_MiB / 8192;
-  CHECK(look_at<uint64_t>(image, kTableOffset) == 8192 + 4096);
-  CHECK(look_at<uint64_t>(image, kJournalOffset) == 8192 + 4096 + (entries * 4 + 4095) / 4096 * 4096);
-  CHECK(look_at<uint64_t>(image, kJournalSize) == ((entries + 120) / 121 * 512 + 4095) / 4096 * 4096);
-  CHECK(look_at<uint32_t>(image, 2148) == 0xFFFFFFFF);
-  for (uint64_t i = 0; i < entries; i += 100) CHECK(look_at<uint32_t>(image, table_of(image) + i * 4) == 0xFFFFFFFF);
+  CHECK(peek_le<uint64_t>(image, kTableOffset) == 8192 + 4096);
+  CHECK(peek_le<uint64_t>(image, kJournalOffset) == 8192 + 4096 + (entries * 4 + 4095) / 4096 * 4096);
+  CHECK(peek_le<uint64_t>(image, kJournalSize) == ((entries + 120) / 121 * 512 + 4095) / 4096 * 4096);
+  CHECK(peek_le<uint32_t>(image, 2148) == 0xFFFFFFFF);
+  for (uint64_t i = 0; i < entries; i += 100) CHECK(peek_le<uint32_t>(image, table_of(image) + i * 4) == 0xFFFFFFFF);
 }
 
 TEST_CASE("fvd create: the automatic block size keeps the bitmap at 4 MiB") {
@@ -104,7 +104,7 @@ TEST_CASE("fvd create: the automatic block size keeps the bitmap at 4 MiB") {
     CreateOptions options = over_base(size);
     options.fvd.journal_size = 4096;
     auto base = make_raw_disk(empty(size));
-    CHECK(look_at<uint32_t>(must(create(options, base.get())), kBlockSize) == block);
+    CHECK(peek_le<uint32_t>(must(create(options, base.get())), kBlockSize) == block);
   }
 }
 
@@ -151,9 +151,9 @@ TEST_CASE("fvd create: holes of the base are found to its end, and not read from
   options.fvd.detect_sparse_hole = 64_KiB;
   const MemImage image = must(create(options, base.get()));
 
-  CHECK(look_at<uint32_t>(image, kNeedZeroInit) == 1);
+  CHECK(peek_le<uint32_t>(image, kNeedZeroInit) == 1);
   const auto in_image = [&](uint64_t block) {
-    return (look_at<uint8_t>(image, 8192 + block / 8) >> (block % 8) & 1) != 0;
+    return (peek_le<uint8_t>(image, 8192 + block / 8) >> (block % 8) & 1) != 0;
   };
   for (uint64_t block = 0; block < 16 * 16; ++block) CHECK(in_image(block) == (block / 16 != 3));
   for (uint64_t block = 256; block < 272; ++block) CHECK_FALSE(in_image(block));  // the window with data at 1 MiB
@@ -178,13 +178,13 @@ TEST_CASE("fvd amend: settings change in their fields, and nothing else") {
   must(fvd::amend(storage, options));
 
   const MemImage after = storage.image();
-  CHECK(look_at<uint32_t>(after, kCopyOnRead) == 1);
-  CHECK(look_at<uint32_t>(after, 2148) == 7);
-  CHECK(look_at<uint64_t>(after, 1100) == 4_MiB);
-  CHECK(look_at<uint32_t>(after, 2204) == 50);
+  CHECK(peek_le<uint32_t>(after, kCopyOnRead) == 1);
+  CHECK(peek_le<uint32_t>(after, 2148) == 7);
+  CHECK(peek_le<uint64_t>(after, 1100) == 4_MiB);
+  CHECK(peek_le<uint32_t>(after, 2204) == 50);
   for (uint64_t at = 0; at < 8192; at += 4)
     if (at != kCopyOnRead && at != 2148 && at != 1100 && at != 2204)
-      CHECK(look_at<uint32_t>(after, at) == look_at<uint32_t>(before, at));
+      CHECK(peek_le<uint32_t>(after, at) == peek_le<uint32_t>(before, at));
   CHECK(must(fvd::info(storage)).fvd->copying.start_delay == 7);
 }
 
@@ -192,7 +192,7 @@ TEST_CASE("fvd amend: an image whose journal holds changes is not called clean")
   FvdSpec spec{.size = 1_MiB};
   spec.own.compact = true;
   MemImage image = make_fvd(spec);
-  set<uint32_t>(image, kClean, 0);
+  poke_le<uint32_t>(image, kClean, 0);
   MemStorage storage(image);
   AmendOptions options;
   options.fvd.clean_shutdown = true;

@@ -147,15 +147,15 @@ TEST_CASE("fvd: opening and closing without a write changes nothing, not even fo
 
 TEST_CASE("fvd: the header says unclean from the first change to metadata until a clean close") {
   Opened d(compact());
-  CHECK(look_at<uint32_t>(d.memory->image(), kClean) == 1);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kClean) == 1);
 
   must(d.disk->write(GuestOffset(0), pattern(4096)));
   must(d.disk->flush());
-  CHECK(look_at<uint32_t>(d.memory->image(), kClean) == 0);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kClean) == 0);
 
   must(d.disk->close());
   d.disk.reset();
-  CHECK(look_at<uint32_t>(d.memory->image(), kClean) == 1);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kClean) == 1);
 }
 
 TEST_CASE("fvd: a journal is applied in memory when opened read-only, and nothing is written") {
@@ -180,7 +180,7 @@ TEST_CASE("fvd: chunks leaked by a crash read as zeros and are used before the f
   must(d.disk->close());
   d.disk.reset();
   MemImage image = d.memory->image();
-  set<uint32_t>(image, table_of(image) + 16 * 4, 0xFFFFFFFF);  // chunk 1 belongs to nobody
+  poke_le<uint32_t>(image, table_of(image) + 16 * 4, 0xFFFFFFFF);  // chunk 1 belongs to nobody
   d.memory = std::make_shared<MemStorage>(image);
   d.reopen();
   const uint64_t size = must(d.memory->size());
@@ -188,7 +188,7 @@ TEST_CASE("fvd: chunks leaked by a crash read as zeros and are used before the f
   must(d.disk->write(GuestOffset(3_MiB + 5000), pattern(3000, 4)));
 
   const auto extents = must(d.disk->map({GuestOffset(3_MiB), 65536}));
-  CHECK(extents.front().host.bytes() == look_at<uint64_t>(image, kMetadataSize) + 65536);
+  CHECK(extents.front().host.bytes() == peek_le<uint64_t>(image, kMetadataSize) + 65536);
   CHECK(must(d.memory->size()) == size);
   CHECK(d.read(3_MiB, 5000) == std::vector<std::byte>(5000));
   CHECK(d.read(3_MiB + 5000, 3000) == pattern(3000, 4));
@@ -212,7 +212,7 @@ TEST_CASE("fvd: the file grows by the unit, and always holds whole chunks") {
   FvdSpec spec = compact(65536);
   spec.own.storage_grow_unit = 2_MiB;
   Opened d(spec);
-  const uint64_t start = look_at<uint64_t>(d.memory->image(), kMetadataSize);
+  const uint64_t start = peek_le<uint64_t>(d.memory->image(), kMetadataSize);
 
   must(d.disk->write(GuestOffset(0), pattern(512)));
   CHECK(must(d.memory->size()) == start + 2_MiB);
@@ -257,7 +257,7 @@ TEST_CASE("fvd: a block that lies in two chunks survives a crash with all it was
   FvdSpec spec = compact(65536, true);
   spec.own.block_size = 4096;
   MemImage image = make_fvd(spec);
-  set<uint32_t>(image, kBlockSize, 24576);  // 2.67 blocks to a chunk
+  poke_le<uint32_t>(image, kBlockSize, 24576);  // 2.67 blocks to a chunk
   const MemImage base = filled(4_MiB, 99);
   const auto memory = std::make_shared<MemStorage>(image);
   auto disk = must(open_fvd(memory, {.backing = base}));
@@ -319,7 +319,7 @@ TEST_CASE("fvd: an image into which everything was copied says so, and never ope
     Opened d(is_compact ? compact(65536, true) : over_base());
     must(d.disk->populate({GuestOffset(0), 4_MiB}));
     must(d.disk->flush());
-    CHECK(look_at<uint32_t>(d.memory->image(), kAllData) == 1);
+    CHECK(peek_le<uint32_t>(d.memory->image(), kAllData) == 1);
     must(d.disk->write(GuestOffset(1_MiB), pattern(4096, 1)));
     must(d.disk->close());
     d.disk.reset();
@@ -378,7 +378,7 @@ TEST_CASE("fvd: an image without a journal is right on disk after each flush") {
   Opened d(spec);
   must(d.disk->write(GuestOffset(100000), pattern(100000, 1)));
   must(d.disk->flush());
-  CHECK(look_at<uint32_t>(d.memory->image(), kClean) == 1);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kClean) == 1);
 
   d.crash();
 
@@ -389,7 +389,7 @@ TEST_CASE("fvd: an unclean image without a journal is for reading only") {
   FvdSpec spec = compact();
   spec.own.journal = false;
   MemImage image = make_fvd(spec);
-  set<uint32_t>(image, kClean, 0);
+  poke_le<uint32_t>(image, kClean, 0);
 
   const auto opened = open_fvd(std::make_shared<MemStorage>(image));
 
@@ -436,12 +436,12 @@ TEST_CASE("fvd: an image that has everything can still be forgotten, until it is
   Opened d(compact(65536, true));
   must(d.disk->write(GuestOffset(0), pattern(4_MiB, 1)));
   must(d.disk->flush());
-  CHECK(look_at<uint32_t>(d.memory->image(), kAllData) == 1);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kAllData) == 1);
 
   must(d.disk->forget({GuestOffset(0), 4_MiB}));
 
   CHECK(d.read(0, 4_MiB) == d.below(0, 4_MiB));
-  CHECK(look_at<uint32_t>(d.memory->image(), kAllData) == 0);
+  CHECK(peek_le<uint32_t>(d.memory->image(), kAllData) == 0);
   d.crash();
   CHECK(d.read(0, 4_MiB) == d.below(0, 4_MiB));
   must(d.disk->write(GuestOffset(0), pattern(512, 2)));
@@ -479,7 +479,7 @@ TEST_CASE("fvd: a table without room takes it from the journal, or the growth is
   must(d.disk->write(GuestOffset(64_MiB - 512), pattern(512, 2)));
   must(d.disk->flush());
 
-  CHECK(look_at<uint64_t>(d.memory->image(), kJournalSize) < 1_MiB);
+  CHECK(peek_le<uint64_t>(d.memory->image(), kJournalSize) < 1_MiB);
   d.crash();
   CHECK(d.read(4_MiB - 512, 512) == pattern(512, 1));
   CHECK(d.read(64_MiB - 512, 512) == pattern(512, 2));

@@ -1,27 +1,11 @@
-// Looking at and damaging FVD images byte by byte.
+// Where the parts of FVD images lie.
 #pragma once
 
 #include <cstdint>
-#include <span>
-#include <string_view>
 
-#include "base/endian.h"
-#include "support/mem_storage.h"
+#include "support/little_endian.h"
 
 namespace imgfuse::test {
-
-template <class T>
-T look_at(const MemImage& image, uint64_t offset) {
-  le<T> value;
-  image.read(offset, std::as_writable_bytes(std::span(&value, 1)));
-  return value;
-}
-
-template <class T>
-void set(MemImage& image, uint64_t offset, T value) {
-  const le<T> raw(value);
-  image.write(offset, std::as_bytes(std::span(&raw, 1)));
-}
 
 /// Where the fields of the header lie.
 inline constexpr uint64_t kAllData = 8, kSize = 12, kMetadataSize = 20, kBaseName = 28, kBaseFormat = 1052,
@@ -32,7 +16,7 @@ inline constexpr uint64_t kAllData = 8, kSize = 12, kMetadataSize = 20, kBaseNam
 
 inline constexpr uint32_t kBitmapType = 0x3F2AB8ED, kTableType = 0xB4E6F7AC;
 
-inline uint64_t journal_of(const MemImage& image) { return look_at<uint64_t>(image, kJournalOffset); }
-inline uint64_t table_of(const MemImage& image) { return look_at<uint64_t>(image, kTableOffset); }
+inline uint64_t journal_of(const MemImage& image) { return peek_le<uint64_t>(image, kJournalOffset); }
+inline uint64_t table_of(const MemImage& image) { return peek_le<uint64_t>(image, kTableOffset); }
 
 }  // namespace imgfuse::test

@@ -61,7 +61,7 @@ struct Attack {
 
 template <class T>
 std::function<void(MemImage&)> field(uint64_t offset, T value) {
-  return [=](MemImage& image) { set<T>(image, offset, value); };
+  return [=](MemImage& image) { poke_le<T>(image, offset, value); };
 }
 
 std::function<void(MemImage&)> fill(uint64_t offset, uint64_t length, char value) {
@@ -72,12 +72,12 @@ std::function<void(MemImage&)> fill(uint64_t offset, uint64_t length, char value
 std::function<void(MemImage&)> journal(uint64_t sector, std::vector<uint32_t> words, uint64_t at = 0) {
   return [=](MemImage& image) {
     for (size_t i = 0; i < words.size(); ++i)
-      set<uint32_t>(image, journal_of(image) + sector * 512 + at + i * 4, words[i]);
+      poke_le<uint32_t>(image, journal_of(image) + sector * 512 + at + i * 4, words[i]);
   };
 }
 
 std::function<void(MemImage&)> entry(uint64_t index, uint32_t value) {
-  return [=](MemImage& image) { set<uint32_t>(image, table_of(image) + index * 4, value); };
+  return [=](MemImage& image) { poke_le<uint32_t>(image, table_of(image) + index * 4, value); };
 }
 
 const uint64_t kHuge = uint64_t{1} << 63;
@@ -92,7 +92,7 @@ std::vector<Attack> attacks() {
          std::array<std::byte, 48> fields;
          image.read(kJournalOffset, fields);
          image.write(kJournalOffset + 4, fields);
-         set<uint32_t>(image, kJournalOffset, 1);
+         poke_le<uint32_t>(image, kJournalOffset, 1);
        },
        refused, "February 2011"},
       {"version 0", field<uint32_t>(4, 0), refused, "version 0"},
@@ -119,8 +119,8 @@ std::vector<Attack> attacks() {
       {"a negative block size", field<uint32_t>(kBlockSize, 0xFFFFFE00), refused, "block size"},
       {"a block size that needs a longer bitmap",
        [](MemImage& image) {
-         set<uint32_t>(image, kBlockSize, 512);
-         set<uint64_t>(image, kBitmapSize, 512);
+         poke_le<uint32_t>(image, kBlockSize, 512);
+         poke_le<uint64_t>(image, kBitmapSize, 512);
        },
        refused, "bitmap"},
       {"a bitmap over the header", field<uint64_t>(kBitmapOffset, 4096), refused, "overlaps"},
@@ -138,8 +138,8 @@ std::vector<Attack> attacks() {
       {"a negative chunk size", field<uint64_t>(kChunkSize, ~uint64_t{4095}), refused, "chunk size"},
       {"a chunk size that needs a longer table",
        [](MemImage& image) {
-         set<uint64_t>(image, kChunkSize, 4096);
-         set<uint64_t>(image, kSize, 2 * kDisk);
+         poke_le<uint64_t>(image, kChunkSize, 4096);
+         poke_le<uint64_t>(image, kSize, 2 * kDisk);
        },
        refused, "overlaps"},
       {"a table over the header", field<uint64_t>(kTableOffset, 4096), refused, "overlaps"},
@@ -152,7 +152,7 @@ std::vector<Attack> attacks() {
       {"a command without an end", fill(kCommand, 2048, 'a'), refused, "no end"},
       {"a command", fill(kCommand, 6, 'a'), as_it_was, ""},
       {"a journal over the header", field<uint64_t>(kJournalOffset, 0), refused, "overlaps"},
-      {"a journal over the table", [](MemImage& image) { set<uint64_t>(image, kJournalOffset, table_of(image)); },
+      {"a journal over the table", [](MemImage& image) { poke_le<uint64_t>(image, kJournalOffset, table_of(image)); },
        refused, "overlaps"},
       {"a journal of a negative size", field<uint64_t>(kJournalSize, kHuge), refused, "journal size"},
       {"a journal longer than the metadata", field<uint64_t>(kJournalSize, 1_GiB), refused, "metadata"},
@@ -203,10 +203,10 @@ std::vector<Attack> attacks() {
       {"an entry that is nothing but dirty", entry(10, 0x80000000), refused, "claim chunk 0"},
       {"an entry behind 2^63",
        [](MemImage& image) {
-         set<uint64_t>(image, kChunkSize, uint64_t{1} << 40);
+         poke_le<uint64_t>(image, kChunkSize, uint64_t{1} << 40);
          entry(0, 0x7FFFFFFE)(image);
-         set<uint64_t>(image, journal_of(image), 0);
-         set<uint64_t>(image, journal_of(image) + 512, 0);
+         poke_le<uint64_t>(image, journal_of(image), 0);
+         poke_le<uint64_t>(image, journal_of(image) + 512, 0);
        },
        refused, "no such place"},
       {"a table of zeros", [](MemImage& image) { fill(table_of(image), 256, '\0')(image); }, refused, "claim chunk 0"},
@@ -216,7 +216,7 @@ std::vector<Attack> attacks() {
       {"a file that ends inside its journal", [](MemImage& image) { image.resize(journal_of(image) + 100); }, refused,
        "past the end of the file"},
       {"a file that ends where data begin",
-       [](MemImage& image) { image.resize(look_at<uint64_t>(image, kMetadataSize)); }, read_only, "past the end"},
+       [](MemImage& image) { image.resize(peek_le<uint64_t>(image, kMetadataSize)); }, read_only, "past the end"},
   };
 }
 
@@ -274,7 +274,7 @@ TEST_CASE("fvd hostile: an image that misleads is refused in words, or presented
 
 TEST_CASE("fvd hostile: any single word of the metadata set to extremes does no harm") {
   const MemImage good = sample();
-  const uint64_t end = look_at<uint64_t>(good, kMetadataSize);
+  const uint64_t end = peek_le<uint64_t>(good, kMetadataSize);
   Rng rng(base_seed());
   for (uint64_t round = 0; round < from_environment("IMG_RUNS", 600); ++round) {
     MemImage image = good;
@@ -282,7 +282,7 @@ TEST_CASE("fvd hostile: any single word of the metadata set to extremes does no 
     const uint32_t values[] = {0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, static_cast<uint32_t>(rng.next())};
     const uint32_t value = values[rng.below(6)];
     INFO("IMG_SEED=" << base_seed() << ", word at " << at << " is " << value);
-    set<uint32_t>(image, at, value);
+    poke_le<uint32_t>(image, at, value);
     const auto storage = std::make_shared<MemStorage>(image);
     auto disk = open_fvd(storage);
     if (!disk) {
@@ -301,10 +301,10 @@ TEST_CASE("fvd hostile: any single word of the metadata set to extremes does no 
 TEST_CASE("fvd hostile: a journal of a terabyte of holes is read in no time") {
   MemImage image = plain_sample();
   const uint64_t terabyte = uint64_t{1} << 40;
-  set<uint64_t>(image, kJournalSize, terabyte);
-  set<uint64_t>(image, kMetadataSize, journal_of(image) + terabyte);
-  set<uint32_t>(image, kClean, 0);
-  for (const uint64_t index : {0, 1}) set<uint32_t>(image, table_of(image) + index * 4, 0xFFFFFFFF);
+  poke_le<uint64_t>(image, kJournalSize, terabyte);
+  poke_le<uint64_t>(image, kMetadataSize, journal_of(image) + terabyte);
+  poke_le<uint32_t>(image, kClean, 0);
+  for (const uint64_t index : {0, 1}) poke_le<uint32_t>(image, table_of(image) + index * 4, 0xFFFFFFFF);
   image.resize(journal_of(image) + terabyte);
   const auto storage = std::make_shared<MemStorage>(image);
 
@@ -326,7 +326,7 @@ TEST_CASE("fvd hostile: entries scattered over all chunk numbers cost what the t
   std::vector<le<uint32_t>> entries;
   for (uint64_t i = 0; i < chunks; ++i) entries.emplace_back(static_cast<uint32_t>(i * 8000 + 1));
   image.write(table_of(image), std::as_bytes(std::span(entries)));
-  image.resize(look_at<uint64_t>(image, kMetadataSize) + (chunks * 8000 + 2) * 4096);
+  image.resize(peek_le<uint64_t>(image, kMetadataSize) + (chunks * 8000 + 2) * 4096);
   const auto storage = std::make_shared<MemStorage>(image);
 
   auto disk = must(open_fvd(storage));

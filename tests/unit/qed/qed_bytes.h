@@ -1,31 +1,16 @@
-// Looking at and damaging QED images byte by byte.
+// Where the parts of QED images lie, and a sample of one.
 #pragma once
 
 #include <cstdint>
-#include <span>
 
-#include "base/endian.h"
 #include "support/builders.h"
-#include "support/mem_storage.h"
+#include "support/little_endian.h"
 
 namespace imgfuse::test {
 
 /// Places of header fields.
 inline constexpr uint64_t kClusterSizeAt = 4, kTableSizeAt = 8, kHeaderSizeAt = 12, kFeaturesAt = 16, kCompatAt = 24,
                           kAutoclearAt = 32, kL1At = 40, kSizeAt = 48, kNameOffsetAt = 56, kNameLengthAt = 60;
-
-template <class T>
-T peek_le(const MemImage& image, uint64_t offset) {
-  le<T> value;
-  image.read(offset, std::as_writable_bytes(std::span(&value, 1)));
-  return value;
-}
-
-template <class T>
-void poke_le(MemImage& image, uint64_t offset, T value) {
-  const le<T> raw = value;
-  image.write(offset, std::as_bytes(std::span(&raw, 1)));
-}
 
 inline uint64_t features_of(const MemImage& image) { return peek_le<uint64_t>(image, kFeaturesAt); }
 
