@@ -1,0 +1,149 @@
+"""The lines of work on a presented disk, and what is wanted of each."""
+import images
+from host import MiB, load_pages, use_pages, write_out
+from results import Sample, Wanted
+from rounds import Line
+from sides import FVD, LIMIT, LIMIT_RING, NBD, OURS, PLAIN, QSD, RING, SIDES
+from workloads import Fio, Passes, SmallFiles
+
+
+class DiskLine(Line):
+    """The images are mounted as long as the line is measured; where they are `fresh`, each measurement has a new one."""
+
+    def __init__(self, name, unit, work, image, sides, wanted=(), *, format='qcow2', fresh=False, span=None, options=(),
+                 cold=False, read_before=False, **others):
+        super().__init__(name, unit, sides, wanted, **others)
+        self.work, self.image, self.format, self.fresh, self.span = work, image, format, fresh, span
+        self.options, self.cold, self.read_before = options, cold, read_before
+        self.images, self.mounted = {}, {}
+
+    def begin(self, bench, sides):
+        for side in () if self.fresh else sides:
+            self.mount(bench, side)
+            if self.read_before:
+                load_pages(self.mounted[side].disk)
+
+    def mount(self, bench, side):
+        image = self.images[side] = self.image(bench.store, side, SIDES[side].format or self.format)
+        place = bench.folder / ('disk-' + side.replace(' ', '-'))
+        self.mounted[side] = SIDES[side].start(image, place, self.options)
+
+    def measure(self, bench, side):
+        return self.measure_fresh(bench, side) if self.fresh else self.measure_mounted(bench, side)
+
+    def measure_fresh(self, bench, side):
+        use_pages(bench.folder, bench.store.used)
+        self.mount(bench, side)
+        sample = self.measure_mounted(bench, side)
+        self.unmount(side)
+        self.images.pop(side).unlink()
+        return sample
+
+    def measure_mounted(self, bench, side):
+        mounted = self.mounted[side]
+        cold = [self.images[side]] if self.cold else ()
+        for image in self.images.values():
+            write_out(image)  # what others have written would be in this one's way
+        before = mounted.cpu_seconds()
+        work = self.work.measure(mounted.disk, bench.seconds, (self.span or bench.store.hot) * MiB, cold)
+        if not mounted.pids:
+            return Sample(work.rate(self.unit))
+        cpu = (mounted.cpu_seconds() - before) * 1e6 / work.operations
+        return Sample(work.rate(self.unit), cpu, mounted.peak_mib())
+
+    def unmount(self, side):
+        self.mounted.pop(side).close()
+
+    def end(self, bench):
+        for side in list(self.mounted):
+            self.unmount(side)
+
+
+def wanted(qsd=None, limit=None, plain=None, ring=None):
+    """Bounds of imgfuse over QEMU's export, over the limit (by each transport), over a plain file; of io_uring over the
+    export."""
+    bounds = ((OURS, QSD, qsd), (OURS, LIMIT, limit), (OURS, PLAIN, plain), (RING, QSD, ring),
+              (RING, LIMIT_RING, limit if ring else None))
+    return tuple(Wanted(of, to, bound) for of, to, bound in bounds if bound is not None)
+
+
+BASIC = (OURS, RING, QSD, NBD, LIMIT, LIMIT_RING)
+WITH_LIMIT = (OURS, QSD, LIMIT)
+ALLOCATING = (OURS, FVD, QSD, LIMIT, PLAIN)
+FORMATS = (OURS, QSD)
+
+RANDOM_READ = ('--rw=randread', '--bs=4k')
+RANDOM_WRITE = ('--rw=randwrite', '--bs=4k')
+WRITE_1M = Fio('--rw=write', '--bs=1M', '--size=256M', '--end_fsync=1', until='done')
+READ_1M = Fio('--rw=read', '--bs=1M', '--iodepth=1')
+SPARSE_4G = ('--size=4G', '--norandommap')  # options of the work win over the line's span
+COPY_SHARE = 1 / 64  # of the bytes are written, in a quarter of the clusters
+
+
+def depth(number):
+    return '--iodepth=%d' % number
+
+
+def copying(number):
+    return Fio(*RANDOM_WRITE, '--norandommap', depth(number), until='done', share=COPY_SHARE)
+
+
+def qed(name, unit, work, fresh=False):
+    return DiskLine('QED: ' + name, unit, work, images.empty if fresh else images.full, FORMATS, format='qed', fresh=fresh,
+                    rounds=3)
+
+
+LINES = (
+    DiskLine('4k random read, depth 1', 'IOPS', Fio(*RANDOM_READ, depth(1)), images.full, BASIC,
+             wanted(qsd=1.2, limit=0.9, ring=2.8)),
+    DiskLine('4k random read, depth 32', 'IOPS', Fio(*RANDOM_READ, depth(32)), images.full, BASIC,
+             wanted(qsd=1.7, limit=0.9, ring=1.7)),
+    DiskLine('4k random read, 4 jobs, depth 32', 'IOPS', Fio(*RANDOM_READ, depth(32), '--numjobs=4'), images.full, BASIC,
+             wanted(qsd=5, limit=0.9, ring=5)),
+    DiskLine('1M sequential read', 'MB/s', READ_1M, images.full, BASIC, wanted(qsd=3, limit=0.9, ring=3)),
+    DiskLine('1M sequential read, buffered', 'MB/s', Passes(), images.full, BASIC, wanted(qsd=4, limit=0.9, ring=4)),
+    DiskLine('4k random re-read, buffered', 'IOPS', Fio(*RANDOM_READ, '--invalidate=0', direct=False), images.full,
+             (OURS, QSD, LIMIT, PLAIN), wanted(qsd=20, plain=0.9), read_before=True),
+    DiskLine('4k random write, buffered, fsync at the end', 'IOPS',
+             Fio(*RANDOM_WRITE, '--norandommap', '--end_fsync=1', direct=False, until='done', share=1 / 8), images.full,
+             (OURS, QSD, LIMIT, PLAIN), wanted(qsd=8, limit=0.9), options=('writeback_cache',)),
+    DiskLine('4k random write, allocated, depth 1', 'IOPS', Fio(*RANDOM_WRITE, depth(1)), images.full, BASIC,
+             wanted(qsd=0.8, limit=0.85, ring=2)),
+    DiskLine('4k random write, allocated, depth 32', 'IOPS', Fio(*RANDOM_WRITE, depth(32)), images.full, BASIC,
+             wanted(qsd=1.6, limit=0.85, ring=1.6)),
+    DiskLine('1M sequential write, allocating, fsync at the end', 'MB/s', WRITE_1M, images.empty,
+             (OURS, QSD, LIMIT, PLAIN), wanted(qsd=1.7, limit=0.85), fresh=True, cost=2),
+    DiskLine('4k random write, allocating, fsync every 32', 'IOPS',
+             Fio(*RANDOM_WRITE, *SPARSE_4G, '--io_size=12M', '--fsync=32', '--end_fsync=1', until='done'), images.empty,
+             ALLOCATING, wanted(qsd=1.5, limit=0.8), fresh=True, cost=2),
+    DiskLine('copy-on-write, 4k random, depth 1', 'IOPS', copying(1),
+             images.copy_on_write, FORMATS, wanted(qsd=2), fresh=True, cost=1.5),
+    DiskLine('copy-on-write, 4k random, depth 32', 'IOPS', copying(32),
+             images.copy_on_write, FORMATS, wanted(qsd=2.5), fresh=True, cost=1.5),
+    DiskLine('copy-on-write, 4k subclusters, depth 1', 'IOPS', copying(1),
+             images.subclusters, WITH_LIMIT, wanted(qsd=4, limit=0.6), fresh=True, cost=1.5),
+    DiskLine('copy-on-write, 4k subclusters, depth 32', 'IOPS', copying(32),
+             images.subclusters, WITH_LIMIT, wanted(qsd=4, limit=0.6), fresh=True, cost=1.5),
+    DiskLine('overlay, 4k random read, depth 32', 'IOPS', Fio(*RANDOM_READ, depth(32)), images.overlay, WITH_LIMIT,
+             wanted(qsd=2.2, limit=0.9)),
+    DiskLine('overlay, 1M sequential read', 'MB/s', READ_1M, images.overlay, WITH_LIMIT, wanted(qsd=4.5, limit=0.9)),
+    DiskLine('compressed, 1M sequential read, zlib', 'MB/s', READ_1M, images.packed('zlib'), FORMATS,
+             wanted(qsd=2.5), span=48),
+    DiskLine('compressed, 1M sequential read, zstd', 'MB/s', READ_1M, images.packed('zstd'), FORMATS,
+             wanted(qsd=2), span=48),
+    DiskLine('compressed, 4k random read in 8 MiB, zlib', 'IOPS', Fio(*RANDOM_READ, depth(1)), images.packed('zlib'),
+             FORMATS, span=8, rounds=3),
+    DiskLine('small files in ext4 on a loop device', 'tx/s', SmallFiles(), images.empty, ALLOCATING,
+             wanted(qsd=1.35, limit=0.95), fresh=True, cost=2.5),
+    DiskLine('cold image, 4k random read, depth 32', 'IOPS', Fio(*RANDOM_READ, depth(32), until='either'), images.full,
+             (OURS, QSD, LIMIT, PLAIN), wanted(qsd=2, plain=0.85), cold=True),
+    DiskLine('cold image, 1M sequential read', 'MB/s', Passes(direct=True), images.full, (OURS, QSD, LIMIT, PLAIN),
+             wanted(qsd=1.5, plain=0.85), cold=True),
+    qed('4k random read, depth 1', 'IOPS', Fio(*RANDOM_READ, depth(1))),
+    qed('4k random read, depth 32', 'IOPS', Fio(*RANDOM_READ, depth(32))),
+    qed('1M sequential read', 'MB/s', READ_1M),
+    qed('1M sequential write, allocated', 'MB/s', Fio('--rw=write', '--bs=1M')),
+    qed('1M sequential write, allocating, fsync at the end', 'MB/s', WRITE_1M, fresh=True),
+    qed('4k random write, allocating, depth 32', 'IOPS',
+        Fio(*RANDOM_WRITE, *SPARSE_4G, '--io_size=8M', depth(32), '--end_fsync=1', until='done'), fresh=True),
+)
