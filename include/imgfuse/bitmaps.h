@@ -28,7 +28,9 @@ class Bitmaps {
   /// A new bitmap, clear and recording. `granularity`: 512 B to 2 GiB, a power of two.
   virtual Result<> add(const std::string& name, uint64_t granularity) = 0;
   virtual Result<> remove(const std::string& name) = 0;
-  virtual Result<> clear(const std::string& name) = 0;
+  Result<> clear(const std::string& name) { return assign(name, {}); }
+  /// Just these parts have changed, whatever it said before.
+  virtual Result<> assign(const std::string& name, const std::vector<GuestRange>& changed) = 0;
   /// The parts that changed, ascending, merged, cut to `range`. Fails for a bitmap that is in use elsewhere or
   /// inconsistent.
   virtual Result<std::vector<GuestRange>> changed(const std::string& name, GuestRange range) const = 0;

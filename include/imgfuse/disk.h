@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "imgfuse/error.h"
+#include "imgfuse/statistics.h"
 #include "imgfuse/storage.h"
 #include "imgfuse/units.h"
 
@@ -14,6 +15,7 @@ namespace imgfuse {
 
 class BackgroundCopy;
 class Bitmaps;
+class Jobs;
 class Snapshots;
 
 /// What a disk is and can do. Fixed while it is open, but for `size`, which resize() changes.
@@ -23,7 +25,8 @@ struct DiskInfo {
   uint64_t size = 0;          ///< virtual size in bytes
   uint32_t cluster_size = 0;  ///< unit of allocation in bytes, any multiple of 512; raw: 4096
   bool read_only = true;
-  uint32_t subcluster_size = 0;  ///< unit in which clusters are filled and discarded; 0: the cluster size
+  uint32_t subcluster_size = 0;           ///< unit in which clusters are filled and discarded; 0: the cluster size
+  bool leaves_backing_when_full = false;  ///< and not before: also what reads as zeros has to be populated for that
 };
 
 /// What a stretch of the guest disk reads as, and where its bytes lie.
@@ -114,6 +117,9 @@ class Disk {
   virtual Bitmaps* bitmaps() { return nullptr; }
   /// What is copied from the backing file in the background (else null).
   virtual BackgroundCopy* background_copy() { return nullptr; }
+  /// Jobs on the disk while it is in use, where somebody provides for them (else null): see jobs.h.
+  virtual Jobs* jobs() { return nullptr; }
+  virtual DiskStatistics statistics() const { return {}; }
 
  private:
   virtual DiskInfo do_info() const = 0;

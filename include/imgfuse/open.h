@@ -38,6 +38,7 @@ struct OpenOptions {
   /// The chain ends above this file, which is not opened: what only it or a file below it holds is not seen. Opening
   /// fails if the chain does not lead there.
   std::optional<std::string> chain_end;
+  Disk* below_end = nullptr;  ///< that file as a disk, which is read in its place; open elsewhere, it outlives this one
   /// The external data file of the image opened here, whatever the image says and wherever it lies.
   std::optional<std::string> data_file;
   /// Format of data files whose images do not record it (FVD).

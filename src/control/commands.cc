@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "base/math.h"
+#include "control/jobs_json.h"
+#include "control/statistics_json.h"
 #include "imgfuse/background_copy.h"
 #include "imgfuse/bitmaps.h"
 #include "imgfuse/snapshots.h"
@@ -67,6 +69,7 @@ const Commands::Entry* Commands::find(const std::string& name) {
   static constexpr std::array kCommands = {
       Entry{"hello", &Commands::hello},
       Entry{"info", &Commands::info},
+      Entry{"statistics", &Commands::statistics},
       Entry{"snapshot-list", &Commands::snapshot_list},
       Entry{"snapshot-create", &Commands::snapshot_create},
       Entry{"snapshot-apply", &Commands::snapshot_apply},
@@ -77,6 +80,17 @@ const Commands::Entry* Commands::find(const std::string& name) {
       Entry{"bitmap-clear", &Commands::bitmap_clear},
       Entry{"changed-since", &Commands::changed_since},
       Entry{"resize", &Commands::resize},
+      Entry{"mirror", &Commands::start_job<JobKind::mirror>},
+      Entry{"backup", &Commands::start_job<JobKind::backup>},
+      Entry{"stream", &Commands::start_job<JobKind::stream>},
+      Entry{"commit", &Commands::start_job<JobKind::commit>},
+      Entry{"jobs", &Commands::list_jobs},
+      Entry{"job-pause", &Commands::on_job<&Jobs::pause>},
+      Entry{"job-resume", &Commands::on_job<&Jobs::resume>},
+      Entry{"job-cancel", &Commands::on_job<&Jobs::cancel>},
+      Entry{"job-complete", &Commands::on_job<&Jobs::complete>},
+      Entry{"job-finish", &Commands::on_job<&Jobs::finish>},
+      Entry{"job-set-rate", &Commands::set_rate},
   };
   const auto* found = std::find_if(kCommands.begin(), kCommands.end(), [&](const Entry& e) { return name == e.name; });
   return found == kCommands.end() ? nullptr : found;
@@ -106,6 +120,11 @@ Result<Json> Commands::info(Arguments& arguments) {
   json["bitmaps"] = disk_.bitmaps() != nullptr;
   if (const BackgroundCopy* copy = disk_.background_copy()) json["background-copy"] = describe(copy->progress());
   return json;
+}
+
+Result<Json> Commands::statistics(Arguments& arguments) {
+  IMG_TRY(arguments.finish());
+  return to_json(disk_.statistics());
 }
 
 Result<Snapshots*> Commands::snapshots() {
@@ -234,6 +253,48 @@ Result<Json> Commands::resize(Arguments& arguments) {
   IMG_TRY(disk_.resize(size, options));
   IMG_TRY(presenter_.resized());
   return Json{{"virtual-size", disk_.size()}};
+}
+
+Result<Jobs*> Commands::jobs() {
+  if (Jobs* jobs = disk_.jobs()) return jobs;
+  return fail(ErrorCode::unsupported, "a job needs a disk that is mounted");
+}
+
+template <JobKind kind>
+Result<Json> Commands::start_job(Arguments& arguments) {
+  IMG_LET(const JobOptions options, take_job_options(arguments, kind));
+  IMG_TRY(arguments.finish());
+  IMG_LET(Jobs* const jobs, jobs());
+  if (is_copy(kind) && !options.target.starts_with('/'))
+    return fail(ErrorCode::invalid, "target \"{}\" is not an absolute path", options.target);
+  IMG_LET(const uint64_t job, jobs->start(options));
+  return Json{{"job", job}};
+}
+
+Result<Json> Commands::list_jobs(Arguments& arguments) {
+  IMG_TRY(arguments.finish());
+  IMG_LET(Jobs* const jobs, jobs());
+  Json list = Json::array();
+  for (const JobStatus& job : jobs->list()) list.push_back(to_json(job));
+  return list;
+}
+
+template <Result<> (Jobs::*action)(uint64_t)>
+Result<Json> Commands::on_job(Arguments& arguments) {
+  IMG_LET(const uint64_t job, arguments.number("job"));
+  IMG_TRY(arguments.finish());
+  IMG_LET(Jobs* const jobs, jobs());
+  IMG_TRY((jobs->*action)(job));
+  return Json::object();
+}
+
+Result<Json> Commands::set_rate(Arguments& arguments) {
+  IMG_LET(const uint64_t job, arguments.number("job"));
+  IMG_LET(const uint64_t rate, arguments.number("rate"));
+  IMG_TRY(arguments.finish());
+  IMG_LET(Jobs* const jobs, jobs());
+  IMG_TRY(jobs->set_rate(job, rate));
+  return Json::object();
 }
 
 }  // namespace imgfuse::control

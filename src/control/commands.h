@@ -6,6 +6,7 @@
 
 #include "control/protocol.h"
 #include "imgfuse/disk.h"
+#include "imgfuse/jobs.h"
 
 namespace imgfuse::control {
 
@@ -26,7 +27,7 @@ class Presenter {
   virtual void snapshots_changed() {}
 };
 
-/// Runs the commands. Borrows disk and presenter. One thread at a time.
+/// Runs the commands. Borrows disk and presenter. One thread at a time, but info, statistics and jobs beside it.
 class Commands {
  public:
   Commands(Disk& disk, Presenter& presenter) : disk_(disk), presenter_(presenter) {}
@@ -52,9 +53,17 @@ class Commands {
   Result<Json> bitmap_clear(Arguments& arguments);
   Result<Json> changed_since(Arguments& arguments);
   Result<Json> resize(Arguments& arguments);
+  Result<Json> statistics(Arguments& arguments);
+  template <JobKind kind>
+  Result<Json> start_job(Arguments& arguments);
+  Result<Json> list_jobs(Arguments& arguments);
+  Result<Json> set_rate(Arguments& arguments);
+  template <Result<> (Jobs::*action)(uint64_t)>
+  Result<Json> on_job(Arguments& arguments);
 
   Result<Snapshots*> snapshots();
   Result<Bitmaps*> bitmaps();
+  Result<Jobs*> jobs();
   Result<uint64_t> granularity_of(const std::string& bitmap);
 
   Disk& disk_;

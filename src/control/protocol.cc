@@ -20,13 +20,6 @@ constexpr std::array<std::pair<ErrorCode, const char*>, 9> kCodes = {{
     {ErrorCode::busy, "busy"},
 }};
 
-Json error_to_json(const Error& error) {
-  const char* word = "io";
-  for (const auto& [code, name] : kCodes)
-    if (code == error.code()) word = name;
-  return {{"code", word}, {"text", error.text()}};
-}
-
 std::string text_of(const Json& json, const char* name) {
   const auto found = json.find(name);
   return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
@@ -35,14 +28,6 @@ std::string text_of(const Json& json, const char* name) {
 uint64_t number_of(const Json& json, const char* name) {
   const auto found = json.find(name);
   return found != json.end() && found->is_number_unsigned() ? found->get<uint64_t>() : 0;
-}
-
-Error error_from_json(const Json& json) {
-  const std::string word = json.is_object() ? text_of(json, "code") : "";
-  ErrorCode code = ErrorCode::io;
-  for (const auto& [candidate, name] : kCodes)
-    if (word == name) code = candidate;
-  return Error(code, json.is_object() ? text_of(json, "text") : "the daemon reports an error without a text");
 }
 
 /// Null unless the line is one JSON object. What is nested deeper than any message is left out, since copying and
@@ -56,6 +41,21 @@ Json parse_object(std::string_view line) {
 }
 
 }  // namespace
+
+Json to_json(const Error& error) {
+  const char* word = "io";
+  for (const auto& [code, name] : kCodes)
+    if (code == error.code()) word = name;
+  return {{"code", word}, {"text", error.text()}};
+}
+
+Error error_from_json(const Json& json) {
+  const std::string word = json.is_object() ? text_of(json, "code") : "";
+  ErrorCode code = ErrorCode::io;
+  for (const auto& [candidate, name] : kCodes)
+    if (word == name) code = candidate;
+  return Error(code, json.is_object() ? text_of(json, "text") : "the daemon reports an error without a text");
+}
 
 std::string to_line(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
@@ -91,7 +91,7 @@ std::string format_answer(const Result<Json>& answer, const Json& id) {
   if (answer)
     json["return"] = *answer;
   else
-    json["error"] = error_to_json(answer.error());
+    json["error"] = to_json(answer.error());
   if (!id.is_null()) json["id"] = id;
   return to_line(json) + "\n";
 }
@@ -105,7 +105,7 @@ Result<Json> parse_answer(std::string_view line) {
 
 std::string format_closed(const Result<>& closed) {
   Json json = {{"event", "closed"}};
-  if (!closed) json["error"] = error_to_json(closed.error());
+  if (!closed) json["error"] = to_json(closed.error());
   return to_line(json) + "\n";
 }
 

@@ -54,6 +54,9 @@ class Arguments {
   Json rest_;
 };
 
+Json to_json(const Error& error);
+Error error_from_json(const Json& json);
+
 /// One line without a newline. Bytes that are no UTF-8, as names in images can have, are replaced.
 std::string to_line(const Json& json);
 /// The same for people: indented.

@@ -224,4 +224,13 @@ TableCache::Statistics TableCache::statistics() const {
   return now;
 }
 
+void TableCache::add_to(DiskStatistics& disk) const {
+  const Statistics now = statistics();
+  disk.table_hits += now.hits;
+  disk.table_loads += now.loads;
+  disk.table_evictions += now.evictions;
+  disk.tables += now.tables;
+  disk.dirty_tables += now.dirty;
+}
+
 }  // namespace imgfuse

@@ -12,6 +12,7 @@
 
 #include "base/mutex.h"
 #include "imgfuse/error.h"
+#include "imgfuse/statistics.h"
 #include "imgfuse/storage.h"
 
 namespace imgfuse {
@@ -107,6 +108,8 @@ class TableCache {
     size_t tables = 0, dirty = 0;
   };
   Statistics statistics() const EXCLUDES(mutex_);
+  /// The same, as a disk tells of it.
+  void add_to(DiskStatistics& disk) const EXCLUDES(mutex_);
 
  private:
   struct Table : boost::intrusive::list_base_hook<> {

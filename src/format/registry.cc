@@ -49,7 +49,8 @@ Result<std::unique_ptr<Disk>> open_fvd(std::shared_ptr<Storage> storage, FormatO
                                         .open_backing = std::move(parameters.open_backing),
                                         .open_data_file = std::move(parameters.open_data_file),
                                         .open_data_format = std::move(parameters.open_data_format),
-                                        .grow_device = std::move(parameters.grow_device)});
+                                        .grow_device = std::move(parameters.grow_device),
+                                        .keeps_base = parameters.keeps_backing});
 }
 
 /// Most formats do not look at the backing disk.

@@ -32,6 +32,7 @@ struct FormatOpenParameters {
       open_data_format;
   /// Runs an image's own command that makes a device longer by `bytes`; null: no image's commands are run.
   std::function<Result<>(const std::string& command, uint64_t bytes, const std::string& device)> grow_device;
+  bool keeps_backing = false;  ///< an image that has everything goes on naming its backing file
 };
 
 /// A driver's doors.

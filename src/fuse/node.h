@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -14,12 +15,18 @@ class SnapshotDisk;
 using NodeNumber = uint64_t;
 inline constexpr NodeNumber kRootNode = 1;
 
+/// What a file that can only be read says at this moment. Any thread may call.
+using TextSource = std::function<std::string()>;
+
 struct Node {
   NodeNumber number;
   NodeNumber parent;
   std::string name;
-  RawFile* file;                     ///< null: a directory
+  RawFile* file;                     ///< null: a directory, or a text
   SnapshotDisk* snapshot = nullptr;  ///< the file's disk, where it is open only while the file is
+  TextSource text = {};              ///< instead of a disk
+
+  bool is_directory() const { return file == nullptr && !text; }
 };
 
 /// Keeps what can disappear; null if there is no such node.

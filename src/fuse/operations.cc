@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <memory>
+#include <span>
 #include <string>
 
 #include "base/buffer.h"
@@ -119,7 +121,7 @@ void set_attributes(fuse_req_t raw_request, fuse_ino_t number, struct stat* want
   const Tree& tree = served(raw_request).tree;
   const NodeRef node = tree.find(number);
   if (node == nullptr) return request.error(ENOENT);
-  if (node->file == nullptr) return request.error(EPERM);
+  if (node->file == nullptr) return request.error(node->text ? EROFS : EPERM);
   if (node->file->read_only()) return request.error(EROFS);
   if (changes_owner(tree.attributes(*node), *wanted, which)) return request.error(EPERM);
 
@@ -133,7 +135,27 @@ void set_attributes(fuse_req_t raw_request, fuse_ino_t number, struct stat* want
   request.attributes(tree.attributes(*node), kAttributeTimeout);
 }
 
+/// The node if it is a text, else null.
+NodeRef find_text(fuse_req_t request, fuse_ino_t number) {
+  NodeRef node = served(request).tree.find(number);
+  return node != nullptr && node->text ? node : nullptr;
+}
+
+void open_text(fuse_req_t raw_request, const Node& node, const fuse_file_info& info) {
+  Request request(raw_request);
+  if ((info.flags & O_ACCMODE) != O_RDONLY) return request.error(EROFS);
+  auto text = std::make_unique<std::string>(node.text());
+  if (request.opened(FOPEN_DIRECT_IO, reinterpret_cast<uint64_t>(text.get()))) (void)text.release();
+}
+
+void read_text(fuse_req_t raw_request, size_t length, off_t offset, const fuse_file_info& info) {
+  const auto& text = *reinterpret_cast<const std::string*>(info.fh);
+  const size_t begin = std::min(static_cast<size_t>(offset), text.size());
+  Request(raw_request).data(std::as_bytes(std::span(text)).subspan(begin, std::min(length, text.size() - begin)));
+}
+
 void open(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
+  if (const NodeRef text = find_text(raw_request, number)) return open_text(raw_request, *text, *info);
   FileRequest request(raw_request, number);
   if (!request) return;
   if ((info->flags & O_ACCMODE) != O_RDONLY && request.file().read_only()) return request.error(EROFS);
@@ -143,14 +165,16 @@ void open(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
   request.opened(direct ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : FOPEN_KEEP_CACHE);
 }
 
-void release(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info*) {
+void release(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
   Request request(raw_request);
   const NodeRef node = served(raw_request).tree.find(number);
+  if (node && node->text) delete reinterpret_cast<std::string*>(info->fh);
   if (node && node->snapshot) node->snapshot->release();
   request.done();
 }
 
-void read(fuse_req_t raw_request, fuse_ino_t number, size_t length, off_t offset, fuse_file_info*) {
+void read(fuse_req_t raw_request, fuse_ino_t number, size_t length, off_t offset, fuse_file_info* info) {
+  if (find_text(raw_request, number)) return read_text(raw_request, length, offset, *info);
   FileRequest request(raw_request, number);
   if (!request) return;
   static thread_local Buffer buffer(kMaxRead);  // memory only where it is touched
@@ -250,7 +274,8 @@ void read_directory(fuse_req_t raw_request, fuse_ino_t number, size_t size, off_
   add(1, ".", number, S_IFDIR);
   add(2, "..", directory->parent, S_IFDIR);
   for (const NodeRef& node : tree.children(number))
-    add(static_cast<off_t>(2 + node->number), node->name.c_str(), node->number, node->file ? S_IFREG : S_IFDIR);
+    add(static_cast<off_t>(2 + node->number), node->name.c_str(), node->number,
+        node->is_directory() ? S_IFDIR : S_IFREG);
   request.data(std::as_bytes(std::span(listing)));
 }
 

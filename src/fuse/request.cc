@@ -65,11 +65,12 @@ void Request::error(const Error& cause) {
   error(errno_of(cause.code()));
 }
 
-void Request::opened(uint32_t flags) {
+bool Request::opened(uint32_t flags, uint64_t handle) {
   fuse_open_out out = {};
   out.open_flags = flags;
+  out.fh = handle;
   const iovec part = {&out, sizeof out};
-  fuse_reply_iov(take(), &part, 1);
+  return fuse_reply_iov(take(), &part, 1) == 0;
 }
 
 }  // namespace imgfuse::fuse

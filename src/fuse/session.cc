@@ -15,6 +15,8 @@
 
 #include "base/log.h"
 #include "fuse/operations.h"
+#include "fuse/service.h"
+#include "imgfuse/jobs.h"
 
 namespace imgfuse::fuse {
 namespace {
@@ -81,7 +83,13 @@ Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoin
       served_(new Served{tree_, options_, [this] {
                            phase_ = Phase::serving;
                            phase_.notify_all();
-                         }}) {}
+                         }}) {
+  if (mountpoint_.kind == MountpointKind::directory) {
+    tree_.add_text(kRootNode, "info.json", [this] { return text_of({"info"}); });
+    tree_.add_text(kRootNode, "stats.json", [this] { return text_of({"statistics", "jobs"}); });
+  }
+  if (Jobs* const jobs = disk_.jobs()) jobs->set_hooks({[this] { return settle(); }, [this] { snapshots_changed(); }});
+}
 
 Session::~Session() {
   phase_ = Phase::ended;  // without serve() too
@@ -140,6 +148,7 @@ Result<> Session::serve(std::function<void()> on_ready) {
   const Result<> looped = loop();
   phase_ = Phase::ended;
   phase_.notify_all();
+  tell_service_manager("STOPPING=1", "closing " + subject_.image);
   stop_counting_ = true;
   if (control_ && looped) control_->quiesce();  // its calls have been answered, or fail since the mount is gone
   fuse_session_unmount(session_);               // also ends calls of our own threads into the mount
@@ -183,6 +192,7 @@ void Session::attend(const std::function<void()>& on_ready) {
     if (auto published = cache_->publish_size(); !published)
       log_warning("tell the kernel the size: {}", published.error().text());
   if (on_ready) on_ready();
+  tell_service_manager("READY=1", subject_.image + " at " + mountpoint_.path);
   if (auto counted = disk_.count_allocated(stop_counting_); !counted)
     log_warning("{}: count allocated clusters: {}", subject_.image, counted.error().text());
 }
@@ -191,7 +201,8 @@ void Session::attend(const std::function<void()>& on_ready) {
 /// it is repeated.
 void Session::end_loop() {
   if (phase_ == Phase::serving) {
-    if (control_) control_->quiesce();  // its commands may wait for requests of their own
+    if (control_) control_->quiesce();  // its commands may wait for requests of their own, as jobs may
+    if (Jobs* const jobs = disk_.jobs()) jobs->end();
     write_back_pages();
   }
   fuse_session_exit(session_);
@@ -206,11 +217,27 @@ void Session::write_back_pages() {
   if (auto written = cache_->write_back(); !written) log_error("write back cached data: {}", written.error().text());
 }
 
+/// The image is not the one that was mounted any more when a mirror has been completed.
 control::Json Session::describe() const {
-  return {{"image", subject_.image},
-          {"image-device", subject_.device},
-          {"image-inode", subject_.inode},
-          {"mountpoint", mountpoint_.path}};
+  std::string image = disk_.info().name;
+  struct stat attributes = {};
+  const bool ephemeral = !subject_.ephemeral.empty() && (image == subject_.ephemeral || image.starts_with("/proc/"));
+  const bool named = image.starts_with('/') && !ephemeral;
+  const bool replaced = named && image != subject_.image && ::stat(image.c_str(), &attributes) == 0;
+  if (!replaced) image = subject_.image;
+  return {{"image", image},
+          {"image-device", replaced ? attributes.st_dev : subject_.device},
+          {"image-inode", replaced ? attributes.st_ino : subject_.inode},
+          {"mountpoint", mountpoint_.path},
+          {"ephemeral", ephemeral}};
+}
+
+/// One command's answer as it is, of several those that there are under their names.
+std::string Session::text_of(const std::vector<std::string>& commands) {
+  control::Json all = control::Json::object();
+  for (const std::string& command : commands)
+    if (auto answer = commands_.run({command})) all[command] = std::move(*answer);
+  return control::to_text(commands.size() > 1 ? all : all[commands.front()]) + "\n";
 }
 
 Result<> Session::settle() { return cache_->write_back(); }

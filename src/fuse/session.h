@@ -39,6 +39,8 @@ class Session : private control::Presenter {
     timespec modified;  ///< of the image file, as are:
     dev_t device = 0;
     ino_t inode = 0;
+    std::string ephemeral =
+        {};  ///< what the disk was called that keeps changes until the unmount; empty: there is none
   };
   /// Mounts. Requests wait in the kernel until serve(). Does not close the disk when it fails.
   static Result<std::unique_ptr<Session>> mount(Disk& disk, const Subject& subject, const Mountpoint& mountpoint,
@@ -59,6 +61,7 @@ class Session : private control::Presenter {
   void end_loop();
   void attend(const std::function<void()>& on_ready);
   void write_back_pages();
+  std::string text_of(const std::vector<std::string>& commands);
 
   // For the commands, in the thread of the control socket.
   control::Json describe() const override;

@@ -1,5 +1,6 @@
 #include "fuse/tree.h"
 
+#include <ctime>
 #include <utility>
 
 namespace imgfuse::fuse {
@@ -17,6 +18,10 @@ NodeNumber Tree::add_file(NodeNumber directory, std::string name, RawFile& file)
   const NodeNumber number = nodes_.size() + 1;
   nodes_.push_back({number, directory, std::move(name), &file});
   return number;
+}
+
+void Tree::add_text(NodeNumber directory, std::string name, TextSource text) {
+  nodes_.push_back({nodes_.size() + 1, directory, std::move(name), nullptr, nullptr, std::move(text)});
 }
 
 void Tree::add_snapshots(NodeNumber directory, std::string name, Disk& disk, const FileOwner& owner) {
@@ -49,13 +54,20 @@ struct stat Tree::attributes(const Node& node) const {
   struct stat attributes = {};
   if (node.file != nullptr) {
     attributes = node.file->attributes();
+  } else if (node.text) {  // its size is not known before it is opened, as in /proc
+    attributes.st_mode = S_IFREG | (owner_.mode & 0444);
+    attributes.st_nlink = 1;
+    attributes.st_uid = owner_.uid;
+    attributes.st_gid = owner_.gid;
+    clock_gettime(CLOCK_REALTIME_COARSE, &attributes.st_mtim);
+    attributes.st_atim = attributes.st_ctim = attributes.st_mtim;
   } else {
     // Who may read the files may list and enter; nobody may add or remove names.
     const mode_t readable = owner_.mode & 0444;
     attributes.st_mode = S_IFDIR | readable | (readable >> 2);
     attributes.st_nlink = 2;
     for (const Node& child : nodes_)
-      if (child.parent == node.number && child.number != kRootNode && child.file == nullptr) ++attributes.st_nlink;
+      if (child.parent == node.number && child.number != kRootNode && child.is_directory()) ++attributes.st_nlink;
     attributes.st_uid = owner_.uid;
     attributes.st_gid = owner_.gid;
     attributes.st_atim = attributes.st_mtim = attributes.st_ctim = modified_;

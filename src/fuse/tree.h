@@ -24,6 +24,8 @@ class Tree {
   static Tree of_directory(const FileOwner& owner, timespec modified) { return Tree(nullptr, owner, modified); }
 
   NodeNumber add_file(NodeNumber directory, std::string name, RawFile& file);
+  /// What each opening of the file reads is the text of that moment.
+  void add_text(NodeNumber directory, std::string name, TextSource text);
   /// The snapshots of a disk whose file has this owner. Once, and only if the disk can have snapshots.
   void add_snapshots(NodeNumber directory, std::string name, Disk& disk, const FileOwner& owner);
   SnapshotFolder* snapshots() const { return snapshots_.get(); }

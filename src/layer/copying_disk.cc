@@ -53,7 +53,7 @@ CopyOptions complete(CopyOptions options) {
 std::unique_ptr<CopyClock> CopyClock::steady() { return std::make_unique<SteadyClock>(); }
 
 CopyingDisk::CopyingDisk(std::unique_ptr<Disk> disk, CopyOptions options, std::unique_ptr<CopyClock> clock)
-    : disk_(std::move(disk)), options_(complete(std::move(options))), clock_(std::move(clock)) {
+    : Forwarding(*disk), disk_(std::move(disk)), options_(complete(std::move(options))), clock_(std::move(clock)) {
   if (options_.settings.copy_on_read) on_read_ = std::thread([this] { copy_noted(); });
   if (options_.everything) everything_ = std::thread([this] { copy_everything(); });
 }

@@ -10,6 +10,7 @@
 #include "base/mutex.h"
 #include "imgfuse/background_copy.h"
 #include "imgfuse/disk.h"
+#include "layer/forwarding.h"
 #include "layer/pace.h"
 
 namespace imgfuse {
@@ -35,33 +36,18 @@ struct CopyOptions {
 /// Passes every request on. Two threads of its own call populate(): one for what was read, and one that walks the disk.
 /// A reader never waits for them: what it read is noted, and dropped if too much is waiting. Copying does not change
 /// what the disk reads as, so an error ends the copying and nothing else.
-class CopyingDisk final : public Disk, private BackgroundCopy {
+class CopyingDisk final : public layer::Forwarding, private BackgroundCopy {
  public:
   CopyingDisk(std::unique_ptr<Disk> disk, CopyOptions options, std::unique_ptr<CopyClock> clock = CopyClock::steady());
   ~CopyingDisk() override;
 
-  Snapshots* snapshots() override { return disk_->snapshots(); }
-  Bitmaps* bitmaps() override { return disk_->bitmaps(); }
   BackgroundCopy* background_copy() override { return this; }
   /// Until all that was noted is copied; for tests.
   void wait_idle() EXCLUDES(mutex_);
 
  private:
-  DiskInfo do_info() const override { return disk_->info(); }
-  uint64_t do_size() const override { return disk_->size(); }
   Result<> do_read(GuestOffset offset, Bytes out) override;
-  Result<> do_write(GuestOffset offset, ConstBytes data) override { return disk_->write(offset, data); }
-  Result<> do_write_zeroes(GuestRange range, Zeroing zeroing) override { return disk_->write_zeroes(range, zeroing); }
-  Result<> do_populate(GuestRange range, Holes holes) override { return disk_->populate(range, holes); }
-  Result<> do_forget(GuestRange range) override { return disk_->forget(range); }
-  Result<std::vector<Extent>> do_map(GuestRange range, size_t max_extents) override {
-    return disk_->map(range, max_extents);
-  }
-  Result<> do_flush() override { return disk_->flush(); }
-  Result<> do_resize(uint64_t size, ResizeOptions options) override { return disk_->resize(size, options); }
   Result<> do_close() override;
-  uint64_t do_allocated() const override { return disk_->allocated(); }
-  Result<> do_count_allocated(const std::atomic<bool>& stop) override { return disk_->count_allocated(stop); }
 
   Progress progress() const override EXCLUDES(mutex_);
 

@@ -7,6 +7,7 @@
 #include <cerrno>
 
 #include "base/unique_fd.h"
+#include "core/borrowed_disk.h"
 #include "core/disk_storage.h"
 #include "layer/copying_disk.h"
 #include "open/storage_command.h"
@@ -180,6 +181,7 @@ Result<std::unique_ptr<Disk>> Chain::open_disk(const Layer& layer, bool read_onl
   parameters.probed = layer.probed;
   parameters.snapshot = layer.snapshot;
   if (!read_only) parameters.compress = options_.compress;
+  parameters.keeps_backing = options_.chain_end.has_value();  // who ends it there goes back to what follows
   return layer.format->open(layer.storage, std::move(parameters));
 }
 
@@ -243,6 +245,7 @@ Result<std::unique_ptr<Disk>> Chain::open_backing(const std::string& naming_path
   const std::string path = resolve_name(naming_path, name);
   if (end_) {
     IMG_LET(const bool reached, is_end(naming_path, name));
+    if (reached && options_.below_end != nullptr) return std::make_unique<BorrowedDisk>(*options_.below_end);
     if (reached) return nullptr;
   }
   auto layer = open_named(naming_path, name, format, probes);

@@ -30,7 +30,7 @@ class MountPoints(ImageCase):
 
         mount = self.mount(image, point=point)
 
-        self.assertEqual(sorted(os.listdir(point)), ['disk.raw', 'snapshots'])
+        self.assertEqual(sorted(os.listdir(point)), ['disk.raw', 'info.json', 'snapshots', 'stats.json'])
         self.assertEqual(os.stat(point / 'disk.raw').st_size, 64 * MiB)
         mount.unmount()
         self.assertEqual(os.listdir(point), [])
@@ -477,7 +477,7 @@ class Unprivileged(ImageCase):
         folder.mkdir()
         os.chown(folder, 65534, 65534)
         self.assertEqual(self.as_nobody(IMGFUSE, self.image, folder).status, 0)
-        self.assertEqual(self.as_nobody('ls', folder).out.split(), ['disk.raw', 'snapshots'])
+        self.assertEqual(self.as_nobody('ls', folder).out.split(), ['disk.raw', 'info.json', 'snapshots', 'stats.json'])
         self.assertEqual(self.as_nobody('fusermount3', '-u', folder).status, 0)
         wait_until(lambda: attempt('qemu-img', 'check', self.image).status == 0, what='the dropping of the lock')
 

@@ -18,7 +18,7 @@ ALLOWED = {
     'format': BELOW_FORMATS | FORMATS,
     'open': BELOW_FORMATS | FORMATS | {'format', 'layer'},
     'layer': BESIDE_CORE,
-    'job': BESIDE_CORE,
+    'job': BESIDE_CORE | {'layer'},
     'control': {'include', 'base'},
     'fuse': {'include', 'base', 'control'},
     'tools': {'include', 'control', 'fuse'},

@@ -64,7 +64,7 @@ MemImage make_qed(const QedSpec& spec) {
 }
 
 MemImage make_fvd(const FvdSpec& spec) {
-  CreateOptions options = over(spec.base ? std::optional<std::string>("base.raw") : std::nullopt);
+  CreateOptions options = over(spec.base ? std::optional(spec.base_name) : std::nullopt);
   options.format = "fvd";
   options.size = spec.size;
   options.fvd = spec.own;
@@ -128,6 +128,7 @@ MemImage QedKind::any_image(const ImageSpec& spec, Rng& rng) {
 
 MemImage FvdKind::image(const ImageSpec& spec) {
   FvdSpec fvd{.size = spec.size, .base = spec.backing.has_value(), .base_size = spec.backing_size.value_or(spec.size)};
+  if (spec.backing) fvd.base_name = *spec.backing;
   fvd.own.compact = true;
   fvd.own.chunk_size = fvd.own.storage_grow_unit = spec.cluster_size;
   if (fvd.base) fvd.own.block_size = spec.cluster_size;
@@ -143,6 +144,15 @@ MemImage FvdKind::any_image(const ImageSpec& spec, Rng& rng) {
   fvd.own.journal = fvd.own.compact || !rng.one_in(4);  // room for a longer table
   fvd.own.journal_size = 1_MiB;
   return make_fvd(fvd);
+}
+
+MemImage make_image(std::string_view format, const ImageSpec& spec) {
+  if (format == "qcow2") return Qcow2Kind::image(spec);
+  if (format == "qed") return QedKind::image(spec);
+  if (format == "fvd") return FvdKind::image(spec);
+  MemImage raw;
+  raw.resize(spec.size);
+  return raw;
 }
 
 WatchedDisk open_watched(const MemImage& image, const OpenSpec& spec) {

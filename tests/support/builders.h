@@ -43,10 +43,11 @@ MemImage make_qed(const QedSpec& spec);
 
 struct FvdSpec {
   uint64_t size = 8_MiB;
-  bool base = false;  ///< of the size `base_size`, named base.raw
+  bool base = false;  ///< of the size `base_size`, named `base_name`
   uint64_t base_size = 0;
   FvdCreateOptions own = {};
   std::optional<std::string> data_file = {};  ///< guest data lies in another storage: OpenSpec::data
+  std::string base_name = "base.raw";
 };
 
 /// A fresh FVD image.
@@ -102,6 +103,9 @@ struct FvdKind {
   static MemImage image(const ImageSpec& spec = {});
   static MemImage any_image(const ImageSpec& spec, Rng& rng);
 };
+/// A fresh image of any format, a raw one too.
+MemImage make_image(std::string_view format, const ImageSpec& spec);
+
 /// Those whose tables are read when they are needed, and have a place for bits that nobody knows.
 #define IMG_EVERY_TABLE_KIND imgfuse::test::Qcow2Kind, imgfuse::test::QedKind
 #define IMG_EVERY_KIND IMG_EVERY_TABLE_KIND, imgfuse::test::FvdKind

@@ -38,5 +38,12 @@ int run_measure(Io& io, Arguments args);
 int run_resize(Io& io, Arguments args);
 int run_commit(Io& io, Arguments args);
 int run_rebase(Io& io, Arguments args);
+int run_mirror(Io& io, Arguments args);
+int run_stream(Io& io, Arguments args);
+int run_backup(Io& io, Arguments args);
+int run_jobs(Io& io, Arguments args);
+int run_list(Io& io, Arguments args);
+int run_status(Io& io, Arguments args);
+int run_job(Io& io, Arguments args);
 
 }  // namespace imgfuse::tool

@@ -1,47 +1,35 @@
 // imgfuse commit: move what an overlay holds into its backing file.
-#include <algorithm>
-
 #include "command.h"
 #include "imgfuse/check.h"
 #include "imgfuse/job.h"
+#include "live_job.h"
 #include "open_disk.h"
 #include "progress.h"
+#include "target.h"
 #include "text.h"
 
 namespace imgfuse::tool {
 namespace {
 
 struct Request {
-  std::string image;
+  std::string image;  ///< or a mount point
   OpenOptions options;
   std::optional<std::string> base;
   bool keep = false;  ///< -d: do not empty the overlay
   ShowProgress show = ShowProgress::on_terminal;
+  LiveOptions live;
 };
 
-/// The place of the base in the chain: 1 is the image's own backing file.
-Result<uint32_t> find_base(const Request& request, const std::vector<ImageInfo>& chain) {
-  if (chain.size() < 2) return fail(ErrorCode::invalid, "{} has no backing file", request.image);
-  if (!request.base) return 1;
-  for (uint32_t i = 1; i < chain.size(); ++i)
-    if (same_file(chain[i].filename, *request.base) || chain[i - 1].backing_filename == *request.base) return i;
-  return fail(ErrorCode::not_found, "{} is not in the backing chain of {}", *request.base, request.image);
-}
-
-/// What cannot be emptied keeps what the base holds too: formats that take no cluster back, and FVD images that are
-/// longer than what they show of their base.
+/// What cannot be emptied keeps what the base holds too.
 Result<> empty(Disk& overlay, const ImageInfo& image) {
-  if (image.fvd && image.fvd->base_size < image.virtual_size) return {};
-  Result<> emptied = overlay.forget({GuestOffset(0), overlay.size()});
-  if (!emptied && emptied.error().code() == ErrorCode::unsupported) return {};
-  return emptied;
+  return check_can_be_emptied(image) ? overlay.forget({GuestOffset(0), overlay.size()}) : Result<>();
 }
 
 Result<> commit_image(const Request& request, Io& io) {
   OpenOptions look = request.options;
   look.read_only = true;
   IMG_LET(const std::vector<ImageInfo> chain, chain_info(request.image, look));
-  IMG_LET(const uint32_t layers, find_base(request, chain));
+  IMG_LET(const uint32_t layers, find_base(chain, request.base));
 
   // The base is written through a disk of its own, so the overlay's chain ends above it.
   OpenOptions base_options = request.options;
@@ -63,17 +51,33 @@ Result<> commit_image(const Request& request, Io& io) {
   return overlay.close();
 }
 
+/// Of a disk that is in use.
+Result<> commit_live(const Request& request, control::Client& daemon, Io& io) {
+  if (request.keep) return fail(ErrorCode::invalid, "it is mounted: what has been committed does not stay in it");
+  return run_chain_job(daemon, JobKind::commit, request.base, request.live, request.show, io);
+}
+
+Result<> commit_anywhere(const Request& request, Io& io) {
+  auto daemon = connect_to_daemon(request.image);
+  if (daemon) return commit_live(request, *daemon, io);
+  if (daemon.error().code() != ErrorCode::not_found) return fail(daemon.error());
+  if (request.live.rate > 0 || request.live.detach)
+    return fail(ErrorCode::invalid, "--rate and --detach are for a disk that is mounted");
+  return commit_image(request, io);
+}
+
 }  // namespace
 
 int run_commit(Io& io, Arguments args) {
   Request request;
   bool quiet = false;
-  CLI::App app("Moves what an overlay holds into its backing file.", "imgfuse commit");
-  app.add_option("IMAGE", request.image)->required();
+  CLI::App app("Moves what an overlay holds into its backing file. A mount goes on with that one.", "imgfuse commit");
+  app.add_option("IMAGE", request.image, "An overlay, or where it is mounted")->required();
   app.add_option_function<std::string>(
       "-b,--base", [&](const std::string& name) { request.base = name; },
-      "Commit into this image of the backing chain; leaves IMAGE as it is");
+      "Commit into this image of the backing chain; leaves IMAGE as it is unless it is mounted");
   app.add_flag("-d,--keep", request.keep, "Do not empty the overlay afterwards");
+  add_live_options(app, request.live);
   add_cache_option(app, "-t,--cache", request.options.cache, "How the images are written: writeback (default) or none");
   app.add_flag_callback(
       "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
@@ -88,11 +92,11 @@ int run_commit(Io& io, Arguments args) {
   if (const auto status = parse(app, io, args)) return *status;
   if (quiet) request.show = ShowProgress::never;
 
-  if (auto committed = commit_image(request, io); !committed) {
+  if (auto committed = commit_anywhere(request, io); !committed) {
     print_error(io, request.image, committed.error());
     return kFailure;
   }
-  if (!quiet) io.out << "Image committed.\n" << std::flush;
+  if (!quiet && !request.live.detach) io.out << "Image committed.\n" << std::flush;
   return kSuccess;
 }
 

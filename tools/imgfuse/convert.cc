@@ -1,7 +1,5 @@
 // imgfuse convert: copy images to a new one, of any format.
 #include <fmt/format.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <thread>
@@ -34,23 +32,6 @@ struct Request {
   bool use_existing = false;    ///< -n
   bool target_is_zero = false;  ///< as the user says
   ShowProgress show = ShowProgress::on_terminal;
-};
-
-/// Removes a file again unless it is kept.
-class NewTarget {
- public:
-  explicit NewTarget(std::string path) : path_(std::move(path)) {}
-  NewTarget(const NewTarget&) = delete;
-  NewTarget& operator=(const NewTarget&) = delete;
-  ~NewTarget() {
-    if (made_) ::unlink(path_.c_str());
-  }
-  void made() { made_ = true; }
-  void keep() { made_ = false; }
-
- private:
-  const std::string path_;
-  bool made_ = false;
 };
 
 /// Where the target's data file will lie.
@@ -132,8 +113,8 @@ Result<> copy(const Request& request, std::vector<OpenDisk>& sources, OpenDisk& 
 Result<> convert_images(Request request, Io& io) {
   IMG_LET(std::vector<OpenDisk> sources, open_sources(request));
   IMG_TRY(check(request));
-  NewTarget created(request.target);
-  NewTarget data_file(request.create.data_file ? data_file_of(request) : "");
+  NewFile created(request.target);
+  NewFile data_file(request.create.data_file ? data_file_of(request) : "");
   if (!request.use_existing) {
     request.create.size = total_size(sources);
     request.create.durable = request.target_options.cache != CacheMode::unsafe;

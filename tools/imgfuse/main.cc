@@ -22,6 +22,8 @@ struct Command {
 constexpr std::array kCommands = {
     Command{"mount", run_mount, "present an image as a raw file (the word mount may be left out)"},
     Command{"umount", run_umount, "unmount, and wait until the image is closed"},
+    Command{"list", run_list, "list what is mounted"},
+    Command{"status", run_status, "say what a mounted disk has done: requests, latencies, caches, jobs"},
     Command{"create", run_create, "make a new image"},
     Command{"snapshot", run_snapshot, "list, create, apply and delete snapshots, also of a mounted image"},
     Command{"bitmap", run_bitmap, "list, add, remove and clear dirty bitmaps, also of a mounted image"},
@@ -35,6 +37,11 @@ constexpr std::array kCommands = {
     Command{"resize", run_resize, "make a disk larger or smaller"},
     Command{"commit", run_commit, "move what an overlay holds into its backing file"},
     Command{"rebase", run_rebase, "give an image another backing file"},
+    Command{"mirror", run_mirror, "copy a mounted disk to another image while it is in use"},
+    Command{"backup", run_backup, "copy a mounted disk as it is now, while it is in use"},
+    Command{"stream", run_stream, "make a mounted disk independent of its backing chain"},
+    Command{"jobs", run_jobs, "list the jobs on a mounted disk"},
+    Command{"job", run_job, "pause, resume, end or wait for a job"},
 };
 
 std::string usage() {

@@ -17,7 +17,11 @@
 #include "fuse/mountpoint.h"
 #include "fuse/options.h"
 #include "fuse/session.h"
+#include "imgfuse/jobs.h"
 #include "imgfuse/open.h"
+#include "job_target.h"
+#include "mounted_chain.h"
+#include "overlay.h"
 #include "text.h"
 
 namespace imgfuse::tool {
@@ -29,6 +33,7 @@ struct MountRequest {
   std::string mountpoint;
   OpenOptions open;
   fuse::MountOptions mount;
+  std::optional<std::string> overlay;  ///< of the image, which does not change; empty: one without a name
   bool foreground = false;
   bool fake = false;    ///< mount(8)'s -f: check everything, mount nothing
   bool sloppy = false;  ///< mount(8)'s -s: skip unknown options
@@ -96,16 +101,27 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
   return true;
 }
 
+Result<bool> take_overlay_option(MountRequest& request, std::string_view key, const std::string& value) {
+  if (key == "overlay" && value.empty()) return fail(ErrorCode::invalid, "option -o overlay needs a value");
+  if (key == "overlay") request.overlay = value;
+  if (key == "ephemeral") request.overlay = "";
+  return key == "overlay" || key == "ephemeral";
+}
+
 Result<> take_option_list(MountRequest& request, std::string_view list) {
   return fuse::parse_options(list, request.mount, [&](std::string_view key, const std::string& value) -> Result<bool> {
     IMG_LET(const bool taken, take_image_option(request.open, key, value));
-    return taken || request.sloppy;
+    IMG_LET(const bool over, take_overlay_option(request, key, value));
+    return taken || over || request.sloppy;
   });
 }
 
 Result<> check_options(const MountRequest& request) {
   if (request.open.force_share && !request.mount.read_only && !request.open.snapshot)
     return fail(ErrorCode::invalid, "--force-share takes no locks and needs --read-only");
+  const bool writes_elsewhere = request.open.snapshot || request.open.compress || request.open.data_file;
+  if (request.overlay && (request.mount.read_only || writes_elsewhere))
+    return fail(ErrorCode::invalid, "overlay= and ephemeral exclude ro, snapshot=, compress= and data_file=");
   if (request.open.compress && *request.open.compress != "zlib" && *request.open.compress != "zstd")
     return fail(ErrorCode::invalid, "compress={} is neither zlib nor zstd", *request.open.compress);
   if ((request.open.copy_on_read || request.open.prefetch) && (request.mount.read_only || request.open.snapshot))
@@ -133,6 +149,7 @@ void warn_of_auto_unmount(Io& io, const MountRequest& request) {
 /// A daemon leaves its directory. Symbolic links stay: backing files are relative to the name that was given.
 void make_absolute(MountRequest& request) {
   for (std::string& directory : request.open.allowed_directories) directory = std::filesystem::absolute(directory);
+  if (request.overlay && !request.overlay->empty()) request.overlay = std::filesystem::absolute(*request.overlay);
 }
 
 Result<fuse::Session::Subject> find_image(const std::string& path) {
@@ -148,13 +165,19 @@ Result<fuse::Mountpoint> find_mountpoint(const MountRequest& request) {
   return fuse::check_mountpoint(request.mountpoint, image);
 }
 
+Result<Overlay> open_image(const MountRequest& request, const std::string& image, const OpenOptions& options) {
+  if (request.overlay) return open_overlay(image, *request.overlay, options);
+  IMG_LET(auto disk, open_disk(image, options));
+  return Overlay{std::move(disk), options, image};
+}
+
 /// Opens, mounts and serves. Everything that can be wrong with the request is found before `background` is ready.
 int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   const auto failed = [&](const Error& error) {
     print_error(io, request.image, error);
     return kFailure;
   };
-  const auto subject = find_image(request.image);
+  auto subject = find_image(request.image);
   if (!subject) return failed(subject.error());
   const auto mountpoint = find_mountpoint(request);
   if (!mountpoint) return failed(mountpoint.error());
@@ -165,17 +188,21 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   OpenOptions open = request.open;
   open.read_only = request.mount.read_only || open.snapshot;
   open.copy_in_background = true;
-  auto disk = open_disk(subject->image, open);
-  if (!disk) return failed(disk.error());
-  if (open.cache == CacheMode::writethrough || open.cache == CacheMode::directsync) (*disk)->set_write_through();
+  open.cache = without_write_through(open.cache);  // which is for requests, not for what jobs do beside them
+  auto opened = open_image(request, subject->image, open);
+  if (!opened) return failed(opened.error());
   if (request.fake) {
-    const auto closed = (*disk)->close();
+    const auto closed = opened->disk->close();
     return closed ? kSuccess : failed(closed.error());
   }
-  auto session = fuse::Session::mount(**disk, *subject, *mountpoint, request.mount);
+  if (request.overlay && request.overlay->empty()) subject->ephemeral = opened->disk->info().name;
+  auto chain = mounted_chain(opened->options, opened->disk->info().name, opened->path);
+  const auto disk = with_jobs(std::move(opened->disk), target_opener(open, subject->image, mountpoint->path), chain);
+  if (open.cache != request.open.cache) disk->set_write_through();
+  auto session = fuse::Session::mount(*disk, *subject, *mountpoint, request.mount);
   if (!session) {
     const int status = failed(session.error());
-    if (auto closed = (*disk)->close(); !closed) failed(closed.error());
+    if (auto closed = disk->close(); !closed) failed(closed.error());
     return status;
   }
   return (*session)->serve([&] { background.ready(); }) ? kSuccess : kFailure;  // it has logged the error
@@ -246,7 +273,8 @@ constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
     "  format= backing_format= data_format= cache= metadata_cache= allow_path= force_share\n"
-    "  compress= compressed_cache= snapshot= data_file= copy_on_read prefetch[=BYTES/S] allow_storage_command.\n"
+    "  compress= compressed_cache= snapshot= data_file= copy_on_read prefetch[=BYTES/S] allow_storage_command\n"
+    "  overlay= ephemeral.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 

@@ -12,7 +12,7 @@ namespace imgfuse::tool {
 /// When to show progress: if somebody looks at stderr, always (-p), or never (-q).
 enum class ShowProgress { on_terminal, always, never };
 
-/// One line on `err` that is written again and again.
+/// One line on `err` that is written again and again: the share, the rate, what is left, and how long that may take.
 class ProgressBar {
  public:
   ProgressBar(Io& io, ShowProgress show);
@@ -31,6 +31,8 @@ class ProgressBar {
   std::ostream& err_;
   const bool shown_;
   bool drawn_ = false;
+  std::chrono::steady_clock::time_point begin_;
+  uint64_t done_at_begin_ = 0;
   std::chrono::steady_clock::time_point last_;
 };
 

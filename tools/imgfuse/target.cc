@@ -45,6 +45,13 @@ std::optional<Client> daemon_of(const std::string& path) {
 
 }  // namespace
 
+Result<Client> connect_to_daemon(const std::string& path) {
+  IMG_LET(auto mounted, daemon_at(path));
+  if (!mounted) mounted = daemon_of(path);
+  if (mounted) return std::move(*mounted);
+  return fail(ErrorCode::not_found, "not mounted by this user: neither a mount point nor an image that is in use");
+}
+
 Result<Target> Target::open(const std::string& path, const OpenOptions& options) {
   IMG_LET(auto mounted, daemon_at(path));
   if (mounted) return Target(std::move(*mounted));

@@ -11,6 +11,9 @@
 
 namespace imgfuse::tool {
 
+/// The daemon that serves what is mounted at `path`, or that has the image at `path` open.
+Result<control::Client> connect_to_daemon(const std::string& path);
+
 /// Runs the commands of control/commands.h, wherever the image is open. An image that is opened here is closed in any
 /// case; close() tells how that went.
 class Target {

@@ -9,12 +9,14 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <ostream>
 #include <string>
 #include <vector>
 
 #include "command.h"
 #include "control/client.h"
+#include "control/jobs_json.h"
 #include "fuse/mountpoint.h"
 #include "text.h"
 
@@ -81,7 +83,31 @@ int wait_for_daemons(Io& io, const std::string& mountpoint, const fuse::MountEnt
   return status;
 }
 
-int umount(Io& io, const std::string& mountpoint, bool lazy) {
+/// Asks whoever sits before the terminal whether running jobs are to be cancelled.
+bool may_cancel(Io& io, const JobStatus& job) {
+  if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) return false;
+  io.err << fmt::format("job {}, a {} to {}, is running. Cancel it and unmount? [y/N] ", job.id, job.kind,
+                        printable(job.target))
+         << std::flush;
+  std::string answer;
+  return std::getline(std::cin, answer) && (answer == "y" || answer == "yes");
+}
+
+/// A daemon that does not answer, or knows no jobs, is not asked again.
+Result<> check_jobs(Io& io, const fuse::MountEntry& mounted) {
+  for (control::Client& daemon : control::Client::connect(mounted.device, mounted.user)) {
+    const auto list = daemon.call("jobs", control::Json::object(), std::chrono::seconds(5));
+    if (!list) continue;
+    for (const control::Json& json : *list) {
+      const JobStatus job = control::job_from_json(json);
+      if (!is_over(job.state) && !may_cancel(io, job))
+        return fail(ErrorCode::busy, "job {}, a {} to {}, is running", job.id, job.kind, job.target);
+    }
+  }
+  return {};
+}
+
+int umount(Io& io, const std::string& mountpoint, bool lazy, bool force) {
   const auto failed = [&](const Error& error, std::string_view hint = {}) {
     print_error(io, mountpoint, error, hint);
     return kFailure;
@@ -90,6 +116,9 @@ int umount(Io& io, const std::string& mountpoint, bool lazy) {
   if (!path) return failed(path.error());
   const auto mounted = fuse::find_mount(*path);
   if (!mounted) return failed(Error(ErrorCode::not_found, "nothing is mounted here"));
+  if (!force)
+    if (auto idle = check_jobs(io, *mounted); !idle)
+      return failed(idle.error(), "--force cancels it; \"imgfuse jobs\" says how far it is");
   auto daemons = control::Client::connect(mounted->device, mounted->user);
   if (mounted->type != "fuse.imgfuse" && (daemons.empty() || !fuse::is_fuse(*mounted)))
     return failed(Error(ErrorCode::invalid, fmt::format("not an imgfuse mount but {}", mounted->type)));
@@ -104,12 +133,14 @@ int umount(Io& io, const std::string& mountpoint, bool lazy) {
 int run_umount(Io& io, Arguments args) {
   std::string mountpoint;
   bool lazy = false;
+  bool force = false;
   CLI::App app("Unmounts, and returns when the image is closed and its daemon gone. Exit status 1 if closing failed.",
                "imgfuse umount");
   app.add_option("MOUNTPOINT", mountpoint, "As given to imgfuse mount")->required();
   app.add_flag("-z,--lazy", lazy, "Hide the mount at once, even in use, and do not wait for the daemon");
+  app.add_flag("-f,--force", force, "Cancel the jobs that run, without asking");
   if (const auto status = parse(app, io, args)) return *status;
-  return umount(io, mountpoint, lazy);
+  return umount(io, mountpoint, lazy, force);
 }
 
 }  // namespace imgfuse::tool

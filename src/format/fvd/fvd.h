@@ -24,6 +24,7 @@ struct OpenParameters {
       open_data_format;
   /// Runs the image's command that makes the device of its data longer by `bytes`. Null: such commands are not run.
   std::function<Result<>(const std::string& command, uint64_t bytes, const std::string& device)> grow_device;
+  bool keeps_base = false;  ///< the image does not leave its base when it has everything
 };
 
 /// Opens the image in `storage`. What the journal holds is applied: on disk when opened for writing, else in memory.

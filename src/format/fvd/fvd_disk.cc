@@ -33,6 +33,7 @@ FvdDisk::FvdDisk(std::shared_ptr<Storage> storage, std::shared_ptr<Storage> data
       map_(header),
       chunks_(*data_, header, std::move(parameters.grow_device)),
       flusher_(*storage_, *this, kStages, latch_),
+      keeps_base_(parameters.keeps_base),
       journal_sectors_(header.journal_sectors()),
       clean_on_disk_(header.clean_shutdown) {}
 
@@ -83,7 +84,8 @@ DiskInfo FvdDisk::do_info() const {
           .size = do_size(),
           .cluster_size = static_cast<uint32_t>(whole_chunks ? header_.chunk_size : block),
           .read_only = read_only_,
-          .subcluster_size = static_cast<uint32_t>(header_.uses_base() ? block : kSector)};
+          .subcluster_size = static_cast<uint32_t>(header_.uses_base() ? block : kSector),
+          .leaves_backing_when_full = header_.uses_base()};
 }
 
 // ---- Reading
@@ -161,7 +163,7 @@ Result<> FvdDisk::do_flush() {
 
 /// Asks for a flush cycle when too much is not durable. Called without a lease.
 Result<> FvdDisk::relieve() {
-  if (map_.wants_checkpoint()) checkpoint_wanted_ = true;
+  if (map_.wants_checkpoint(with_base())) checkpoint_wanted_ = true;
   // Later ones then flush each file once. With data in the image the header comes with them.
   const bool header_first = data_ != storage_ && clean_on_disk_ && journal_sectors_ > 0 && map_.has_hard();
   if (checkpoint_wanted_ || header_first || map_.wants_flush()) return flusher_.flush();
@@ -171,8 +173,7 @@ Result<> FvdDisk::relieve() {
 void FvdDisk::cut() {
   cycle_.clean = clean_wanted_.exchange(false);
   const bool checkpoint = checkpoint_wanted_.exchange(false) || cycle_.clean;
-  cycle_.map =
-      map_.cut(journal_sectors_ - journal_next_, checkpoint, keeps_base_ ? Map::WithBase::keep : Map::WithBase::leave);
+  cycle_.map = map_.cut(journal_sectors_ - journal_next_, checkpoint, with_base());
 }
 
 /// The journal begins with nothing that could be taken for a record of this time, and is looked at from now on.

@@ -28,6 +28,8 @@ class FvdDisk final : public Disk, private Flusher::Client {
   /// Loads the map, opens the base, and brings a writable image that was not closed cleanly in order.
   Result<> start(const BackingOpener& open_backing);
 
+  DiskStatistics statistics() const override { return {.flush_cycles = flusher_.cycles()}; }
+
  private:
   DiskInfo do_info() const override;
   uint64_t do_size() const override { return size_.load(std::memory_order_relaxed); }
@@ -67,6 +69,7 @@ class FvdDisk final : public Disk, private Flusher::Client {
 
   /// Everything is in place, the journal empty, and the header says so. Without requests meanwhile it stays so.
   Result<> checkpoint();
+  Map::WithBase with_base() const { return keeps_base_ ? Map::WithBase::keep : Map::WithBase::leave; }
   Result<> mark_dirty();
   Result<> zero_journal();
   Result<> grow(uint64_t old_size, uint64_t size, Preallocation preallocation);
@@ -96,7 +99,7 @@ class FvdDisk final : public Disk, private Flusher::Client {
 
   std::atomic<bool> checkpoint_wanted_ = false;  // by the next cycle
   std::atomic<bool> clean_wanted_ = false;
-  std::atomic<bool> keeps_base_ = false;  // it is being gone back to
+  std::atomic<bool> keeps_base_;  // though everything may be in the image
 
   std::atomic<uint64_t> journal_sectors_;  // 0: none; changes under a lease on the whole disk
   std::atomic<bool> clean_on_disk_;        // what the header says; always, where there is no journal

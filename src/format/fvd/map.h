@@ -110,7 +110,7 @@ class Map {
   bool has_hard() const EXCLUDES(mutex_);
   /// So much is not durable that it should become so.
   bool wants_flush() const EXCLUDES(mutex_);
-  bool wants_checkpoint() const EXCLUDES(mutex_);
+  bool wants_checkpoint(WithBase base) const EXCLUDES(mutex_);
   /// Something has changed since the last checkpoint.
   bool changed() const EXCLUDES(mutex_);
   uint64_t base_end() const EXCLUDES(mutex_);
@@ -128,6 +128,7 @@ class Map {
   Span blocks_of(GuestRange range) const REQUIRES_SHARED(mutex_);
   Span chunks_of(GuestRange range) const REQUIRES_SHARED(mutex_);
   GuestRange filled_locked(GuestRange range) const REQUIRES_SHARED(mutex_);
+  bool may_leave_base() const REQUIRES_SHARED(mutex_) { return base_end_ > 0 && missing_ == 0 && !base_left_; }
   bool has_missing_blocks(GuestRange range) const REQUIRES_SHARED(mutex_);
   void promote_locked(GuestRange range) REQUIRES(mutex_);
   bool encode_journal(std::vector<std::byte>& sectors, uint64_t room) REQUIRES(mutex_);

@@ -120,7 +120,7 @@ std::vector<PageCopy> Map::copy_bitmap() {
 MapCut Map::cut(uint64_t room, bool checkpoint, WithBase base) {
   ExclusiveLock lock(mutex_);
   MapCut cut;
-  const bool complete = base == WithBase::leave && base_end_ > 0 && missing_ == 0 && !base_left_;
+  const bool complete = base == WithBase::leave && may_leave_base();
   checkpoint = checkpoint || complete;
   if (!checkpoint && !encode_journal(cut.journal, room)) {
     cut.journal.clear();
@@ -148,10 +148,10 @@ bool Map::wants_flush() const {
   return hard_blocks_.ranges() + hard_chunks_.ranges() > kManyRanges;
 }
 
-bool Map::wants_checkpoint() const {
+bool Map::wants_checkpoint(WithBase base) const {
   SharedLock lock(mutex_);
   return soft_blocks_.ranges() + soft_chunks_.ranges() > kManyRanges ||
-         soft_blocks_.numbers() * block_size_ > kManySoftBytes || (base_end_ > 0 && missing_ == 0 && !base_left_);
+         soft_blocks_.numbers() * block_size_ > kManySoftBytes || (base == WithBase::leave && may_leave_base());
 }
 
 }  // namespace imgfuse::fvd

@@ -283,11 +283,11 @@ Result<> FvdDisk::populate_piece(GuestRange range, Holes holes) {
 Result<> FvdDisk::do_forget(GuestRange range) {
   {
     const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
-    keeps_base_ = true;
+    const bool kept = keeps_base_.exchange(true);
     Result<> returned = checkpoint();
     if (returned) returned = return_to_base();
     if (returned) map_.clear_blocks(range);
-    keeps_base_ = false;
+    keeps_base_ = kept;
     IMG_TRY(returned);
     IMG_TRY(checkpoint());
     if (header_.compact) {

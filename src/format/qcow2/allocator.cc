@@ -287,6 +287,11 @@ bool Allocator::has_quarantine() const {
   return !quarantine_.empty() || releasing_;
 }
 
+uint64_t Allocator::quarantined() const {
+  SharedLock lock(image_.mutex);
+  return quarantined_;
+}
+
 Result<> Allocator::release(Freed freed) {
   // In host order neighbours are punched together, whatever the order in which they were freed.
   std::sort(freed.begin(), freed.end(),

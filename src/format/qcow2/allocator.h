@@ -110,6 +110,8 @@ class Allocator {
 
   bool wants_flush() const EXCLUDES(image_.mutex);
   bool has_quarantine() const EXCLUDES(image_.mutex);
+  /// Clusters in it.
+  uint64_t quarantined() const EXCLUDES(image_.mutex);
 
  private:
   friend class Reservation;

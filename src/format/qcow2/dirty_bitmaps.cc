@@ -276,7 +276,7 @@ Result<> DirtyBitmaps::remove(const std::string& name) {
   return {};
 }
 
-Result<> DirtyBitmaps::clear(const std::string& name) {
+Result<> DirtyBitmaps::assign(const std::string& name, const std::vector<GuestRange>& changed) {
   IMG_TRY(check_change());
   const auto lease = ranges_.exclusive(kEverything);
   Lock lock(mutex_);
@@ -286,6 +286,7 @@ Result<> DirtyBitmaps::clear(const std::string& name) {
     return fail(ErrorCode::invalid, "bitmap {:?} is in use or inconsistent; it can only be removed", name);
   if (!bitmap.bits) IMG_TRY(check_fits(size_, bitmap.entry.granularity_bits));
   bitmap.bits = std::make_unique<BitmapBits>(size_, bitmap.entry.granularity_bits);
+  for (const GuestRange range : changed) bitmap.bits->set(range);
   bitmap.saved = false;
   collect_recording();
   return {};

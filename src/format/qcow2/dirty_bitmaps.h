@@ -49,7 +49,7 @@ class DirtyBitmaps final : public Bitmaps {
   std::vector<BitmapInfo> list() const override EXCLUDES(mutex_);
   Result<> add(const std::string& name, uint64_t granularity) override EXCLUDES(mutex_);
   Result<> remove(const std::string& name) override EXCLUDES(mutex_);
-  Result<> clear(const std::string& name) override EXCLUDES(mutex_);
+  Result<> assign(const std::string& name, const std::vector<GuestRange>& changed) override EXCLUDES(mutex_);
   Result<std::vector<GuestRange>> changed(const std::string& name, GuestRange range) const override EXCLUDES(mutex_);
 
  private:

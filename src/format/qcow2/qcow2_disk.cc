@@ -187,6 +187,19 @@ Result<std::vector<Extent>> Qcow2Disk::do_map(GuestRange range, size_t max_exten
   return extents.take();
 }
 
+DiskStatistics Qcow2Disk::statistics() const {
+  DiskStatistics statistics;
+  image_.tables.add_to(statistics);
+  if (const auto& cache = image_.inflated.cache()) {
+    const ClusterCache::Statistics clusters = cache->statistics();
+    statistics.cluster_hits = clusters.hits;
+    statistics.clusters_inflated = clusters.inflated;
+  }
+  statistics.flush_cycles = flusher_.cycles();
+  statistics.quarantine = allocator_.quarantined() * image_.geometry.cluster_size;
+  return statistics;
+}
+
 /// Entries say nothing of the space that a data file has.
 uint64_t Qcow2Disk::do_allocated() const {
   return image_.geometry.l2.data_file ? data_->allocated().value_or(0) : map_.allocated();

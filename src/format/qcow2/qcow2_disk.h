@@ -33,8 +33,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Snapshots* snapshots() override { return snapshots_.get(); }
   Bitmaps* bitmaps() override { return snapshots_ ? &bitmaps_ : nullptr; }  // they are the active disk's
 
-  /// Counters for tests and benchmarks.
-  TableCache::Statistics cache_statistics() const { return image_.tables.statistics(); }
+  DiskStatistics statistics() const override;
 
  private:
   friend class Qcow2Snapshots;

@@ -112,6 +112,13 @@ Result<std::vector<Extent>> QedDisk::do_map(GuestRange range, size_t max_extents
   return extents.take();
 }
 
+DiskStatistics QedDisk::statistics() const {
+  DiskStatistics statistics;
+  image_.tables.add_to(statistics);
+  statistics.flush_cycles = flusher_.cycles();
+  return statistics;
+}
+
 Result<> QedDisk::do_count_allocated(const std::atomic<bool>& stop) {
   for (bool more = true; more && !stop.load(std::memory_order_relaxed);) {
     IMG_LET(more, map_.count_next(do_size()));

@@ -27,8 +27,7 @@ class QedDisk final : public Disk, private Flusher::Client {
   /// Reads the L1 table and opens the backing file.
   Result<> start(const BackingOpener& open_backing);
 
-  /// Counters for tests and benchmarks.
-  TableCache::Statistics cache_statistics() const { return image_.tables.statistics(); }
+  DiskStatistics statistics() const override;
 
  private:
   DiskInfo do_info() const override;

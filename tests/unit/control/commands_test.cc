@@ -3,7 +3,9 @@
 #include <doctest/doctest.h>
 
 #include "../fuse/memory_snapshots.h"
+#include "control/jobs_json.h"
 #include "imgfuse/bitmaps.h"
+#include "imgfuse/jobs.h"
 
 namespace imgfuse::control {
 namespace {
@@ -51,13 +53,43 @@ class BitmapDisk : public MemoryDisk, private Bitmaps {
   Result<> remove(const std::string& name) override {
     return std::erase_if(list_, [&](const auto& b) { return b.name == name; }) ? Result<>() : missing(name);
   }
-  Result<> clear(const std::string& name) override { return missing(name); }
+  Result<> assign(const std::string& name, const std::vector<GuestRange>&) override { return missing(name); }
   Result<std::vector<GuestRange>> changed(const std::string&, GuestRange range) const override {
     return std::vector<GuestRange>{range};
   }
   Result<> missing(const std::string& name) const { return fail(ErrorCode::not_found, "no bitmap {}", name); }
 
   std::vector<BitmapInfo> list_;
+};
+
+/// Takes orders and notes them.
+class JobsDisk : public MemoryDisk, private Jobs {
+ public:
+  using MemoryDisk::MemoryDisk;
+  Jobs* jobs() override { return this; }
+  JobOptions options;
+  std::vector<std::string> orders;
+  std::vector<JobStatus> jobs_;
+
+ private:
+  Result<uint64_t> start(const JobOptions& wanted) override {
+    options = wanted;
+    return 7;
+  }
+  std::vector<JobStatus> list() const override { return jobs_; }
+  Result<> order(const char* name, uint64_t job, uint64_t number = 0) {
+    if (job != 7) return fail(ErrorCode::not_found, "there is no job {}", job);
+    orders.push_back(fmt::format("{} {}", name, number));
+    return {};
+  }
+  Result<> pause(uint64_t job) override { return order("pause", job); }
+  Result<> resume(uint64_t job) override { return order("resume", job); }
+  Result<> set_rate(uint64_t job, uint64_t rate) override { return order("set-rate", job, rate); }
+  Result<> cancel(uint64_t job) override { return order("cancel", job); }
+  Result<> complete(uint64_t job) override { return order("complete", job); }
+  Result<> finish(uint64_t job) override { return order("finish", job); }
+  void set_hooks(JobHooks) override {}
+  void end() override {}
 };
 
 template <class D>
@@ -161,6 +193,77 @@ TEST_CASE("control commands: resize") {
   CHECK(ask("resize").error().text() == "argument \"size\" is missing");
   CHECK(!ask("resize", {{"size", kSize}, {"preallocation", "some"}}));
   CHECK(!ask("resize", {{"size", "5"}}));
+}
+
+TEST_CASE("control commands: a mirror with all its options, and with none") {
+  Asked<JobsDisk> ask;
+  const JobOptions options{.target = "/target",
+                           .format = "raw",
+                           .target_is_zero = true,
+                           .sync = MirrorSync::top,
+                           .granularity = 4096,
+                           .buffer = 8192,
+                           .in_flight = 3,
+                           .rate = 12345,
+                           .write_blocking = true,
+                           .on_error = OnError::enospc,
+                           .when_ready = WhenReady::finish};
+  CHECK(ask("mirror", to_json(options))->at("job") == 7);
+  CHECK(to_json(ask.disk.options) == to_json(options));
+
+  CHECK(ask("backup", {{"target", "/t"}, {"sync", "top"}}).has_value());
+  CHECK(to_json(ask.disk.options) ==
+        to_json(JobOptions{.target = "/t", .sync = MirrorSync::top, .kind = JobKind::backup}));
+  const JobOptions incremental{.target = "/t", .kind = JobKind::backup, .bitmap = "b"};
+  CHECK(ask("backup", to_json(incremental)).has_value());
+  CHECK(ask.disk.options.bitmap == "b");
+  CHECK(!ask("mirror", {{"target", "/t"}, {"bitmap", "b"}}));
+  CHECK(!ask("backup", {{"target", "/t"}, {"when-ready", "complete"}}));
+  CHECK(ask("mirror", {{"target", "/t"}}).has_value());
+  CHECK(to_json(ask.disk.options) == to_json(JobOptions{.target = "/t"}));
+  CHECK(ask("mirror").error().text() == "argument \"target\" is missing or empty");
+  CHECK(ask("mirror", {{"target", "t"}}).error().text() == "target \"t\" is not an absolute path");
+  CHECK(ask("mirror", {{"target", "/t"}, {"sync", "half"}}).error().text() ==
+        "sync \"half\" is none of full, top, none");
+  CHECK(!ask("mirror", {{"target", "/t"}, {"on-error", "panic"}}));
+  CHECK(!ask("mirror", {{"target", "/t"}, {"when-ready", "now"}}));
+  CHECK(!ask("mirror", {{"target", "/t"}, {"in-flight", -1}}));
+  CHECK(ask("mirror", {{"target", "/t"}, {"in-flight", uint64_t{1} << 40}}).has_value());
+  CHECK(ask.disk.options.in_flight == UINT32_MAX);  // for the job to refuse, not cut to something that fits
+  CHECK(!ask("mirror", {{"target", "/t"}, {"colour", "blue"}}));
+}
+
+TEST_CASE("control commands: jobs are listed as they are, and take orders") {
+  Asked<JobsDisk> ask;
+  ask.disk.jobs_ = {{.id = 6, .kind = "mirror", .target = "/a", .state = JobState::completed, .copied = 5},
+                    {.id = 7,
+                     .kind = "mirror",
+                     .target = "/b",
+                     .state = JobState::paused,
+                     .remaining = uint64_t{1} << 60,
+                     .rate = 9,
+                     .error = Error(ErrorCode::no_space, "full")}};
+
+  const auto list = ask("jobs");
+
+  REQUIRE(list);
+  REQUIRE(list->size() == 2);
+  CHECK(list->at(0).at("state") == "completed");
+  CHECK(!list->at(0).contains("error"));
+  CHECK(list->at(1).at("error").at("code") == "no-space");
+  for (const size_t i : {0u, 1u}) CHECK(to_json(job_from_json(list->at(i))) == list->at(i));
+  CHECK(job_from_json(Json("garbage")).id == 0);
+
+  for (const char* order : {"pause", "resume", "cancel", "complete", "finish"}) {
+    CHECK(ask(std::string("job-") + order, {{"job", 7}}).has_value());
+    CHECK(ask.disk.orders.back() == std::string(order) + " 0");
+    CHECK(ask(std::string("job-") + order, {{"job", 8}}).error().code() == ErrorCode::not_found);
+  }
+  CHECK(ask("job-set-rate", {{"job", 7}, {"rate", 100}}).has_value());
+  CHECK(ask.disk.orders.back() == "set-rate 100");
+  CHECK(ask("job-set-rate", {{"job", 7}}).error().text() == "argument \"rate\" is missing");
+  Asked<MemoryDisk> plain;
+  CHECK(plain("jobs").error().code() == ErrorCode::unsupported);
 }
 
 TEST_CASE("control commands: bitmaps, and what changed a part at a time") {

@@ -123,7 +123,7 @@ TEST_CASE("fuse live: a directory shows snapshots as they come and go") {
   SnapshotMemoryDisk disk(kSize);
   const Mounted mounted(disk, MountpointKind::directory);
   const std::string folder = mounted.point() + "/snapshots";
-  CHECK(names_in(mounted.point()) == std::set<std::string>{"disk.raw", "snapshots"});
+  CHECK(names_in(mounted.point()) == std::set<std::string>{"disk.raw", "info.json", "snapshots", "stats.json"});
   CHECK(names_in(folder).empty());
   CHECK(::access((folder + "/a.raw").c_str(), F_OK) == -1);
 

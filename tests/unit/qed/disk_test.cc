@@ -370,9 +370,9 @@ TEST_CASE("qed: eight threads that look up a TiB with a cache for a tenth read n
 
   CHECK(storage->twice == 0);
   CHECK(storage->reads > 10000);  // of 160,000 lookups nine in ten miss, at most one of each pair
-  const auto statistics = dynamic_cast<qed::QedDisk&>(*disk).cache_statistics();
+  const DiskStatistics statistics = disk->statistics();
   CHECK(statistics.tables <= 512 * table / 10 / 4096);
-  CHECK(statistics.loads == storage->reads);
+  CHECK(statistics.table_loads == storage->reads);
   must(disk->close());
 }
 

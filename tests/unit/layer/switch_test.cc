@@ -1,0 +1,222 @@
+#include "layer/switch.h"
+
+#include <doctest/doctest.h>
+
+#include <thread>
+
+#include "../fuse/memory_snapshots.h"
+#include "imgfuse/background_copy.h"
+#include "layer/forwarding.h"
+#include "support/gate_storage.h"
+#include "support/must.h"
+#include "support/random.h"
+
+namespace imgfuse::layer {
+namespace {
+
+using fuse::MemoryDisk;
+using fuse::SnapshotMemoryDisk;
+using test::in_background;
+using test::must;
+using test::pattern;
+using test::waits;
+
+constexpr uint64_t kSize = 1_MiB;
+
+TEST_CASE("door: who closes waits for those inside, who comes later for the opening") {
+  Door door;
+  auto inside = std::make_unique<Door::Visit>(door);
+  auto closing = in_background([&] { door.close(); });
+  CHECK(waits(closing));
+  auto late = in_background([&] { const Door::Visit visit(door); });
+  CHECK(waits(late));
+
+  inside.reset();
+  closing.get();
+  CHECK(waits(late));
+
+  door.open();
+  late.get();
+}
+
+TEST_CASE("door: two who close it have it one after the other, and nobody is inside meanwhile") {
+  Door door;
+  uint64_t guarded = 0;  // plain: the sanitizer would see a visit beside a change
+  std::atomic<bool> stop = false;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i)
+    threads.emplace_back([&] {
+      while (!stop) {
+        const Door::Visit visit(door);
+        CHECK(guarded % 2 == 0);
+      }
+    });
+  for (int i = 0; i < 2; ++i)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 500; ++round) {
+        door.close();
+        ++guarded;
+        ++guarded;
+        door.open();
+      }
+    });
+  threads[3].join();
+  threads[4].join();
+  stop = true;
+  for (int i = 0; i < 3; ++i) threads[static_cast<size_t>(i)].join();
+
+  CHECK(guarded == 2000);
+}
+
+TEST_CASE("switch: requests go to the disk that is behind it") {
+  MemoryDisk first(kSize), second(2 * kSize);
+  Switch through(first);
+  must(through.write(GuestOffset(0), pattern(512, 1)));
+
+  {
+    Standstill standstill(through);
+    standstill.set_disk(second);
+  }
+  must(through.write(GuestOffset(512), pattern(512, 2)));
+  must(through.write_zeroes({GuestOffset(4096), 4096}, Zeroing::may_free));
+  must(through.flush());
+
+  CHECK(first.content()[0] != std::byte{0});
+  CHECK(first.content()[512] == std::byte{0});
+  CHECK(second.content()[512] == pattern(512, 2)[0]);
+  CHECK(second.flushes() == 1);
+  CHECK(through.info().size == kSize);  // only the front of a longer disk
+  CHECK(through.read(GuestOffset(kSize), Bytes()).has_value());
+  std::byte behind{};
+  CHECK(through.read(GuestOffset(kSize), {&behind, 1}).error().code() == ErrorCode::invalid);
+  must(through.resize(3 * kSize));
+  CHECK(through.size() == 3 * kSize);
+  must(through.close());
+  CHECK(second.closed());
+  CHECK(!first.closed());
+}
+
+TEST_CASE("switch: a request in flight ends before the disk is exchanged") {
+  class SlowDisk : public Forwarding {
+   public:
+    using Forwarding::Forwarding;
+    std::promise<void> go;
+
+   private:
+    Result<> do_flush() override {
+      go.get_future().wait();
+      return {};
+    }
+  };
+  MemoryDisk memory(kSize), other(kSize);
+  SlowDisk slow(memory);
+  Switch through(slow);
+  auto flush = in_background([&] { return through.flush(); });
+  CHECK(waits(flush));
+  auto exchange = in_background([&] {
+    Standstill standstill(through);
+    standstill.set_disk(other);
+  });
+  CHECK(waits(exchange));
+
+  slow.go.set_value();
+
+  exchange.get();
+  must(flush.get());
+  must(through.flush());
+  CHECK(other.flushes() == 1);
+}
+
+TEST_CASE("switch: while a job runs nothing is resized and no snapshot applied") {
+  SnapshotMemoryDisk disk(kSize);
+  Switch through(disk);
+  must(through.snapshots()->create("a"));
+  {
+    Standstill standstill(through);
+    standstill.set_job("a mirror");
+  }
+
+  CHECK(through.resize(2 * kSize).error().text() == "resize: a mirror runs on this disk");
+  CHECK(through.snapshots()->apply("a").error().code() == ErrorCode::busy);
+  CHECK(through.snapshots()->create("b").has_value());
+
+  {
+    Standstill standstill(through);
+    standstill.set_job("");
+  }
+  CHECK(through.resize(2 * kSize));
+  CHECK(through.snapshots()->apply("a"));
+  CHECK(through.size() == disk.size());
+}
+
+TEST_CASE("switch: an open snapshot is counted until it is closed") {
+  SnapshotMemoryDisk disk(kSize);
+  Switch through(disk);
+  Snapshots* const snapshots = through.snapshots();
+  must(snapshots->create("a"));
+  auto snapshot = must(snapshots->open("a"));
+  CHECK(snapshot->size() == kSize);
+
+  CHECK(Standstill(through).has_open_snapshots());
+  must(snapshot->close());
+  CHECK(!Standstill(through).has_open_snapshots());
+
+  MemoryDisk plain(kSize);
+  {
+    Standstill standstill(through);
+    standstill.set_disk(plain);
+  }
+  CHECK(through.snapshots() == nullptr);
+  CHECK(snapshots->list().error().text() == "there are no snapshots in memory images");
+}
+
+TEST_CASE("switch: a disk is waited for while its clusters are counted") {
+  class CountingDisk : public Forwarding {
+   public:
+    using Forwarding::Forwarding;
+
+   private:
+    Result<> do_count_allocated(const std::atomic<bool>& stop) override {
+      stop.wait(false);
+      return {};
+    }
+  };
+  MemoryDisk memory(kSize);
+  CountingDisk disk(memory);
+  Switch through(disk);
+  std::atomic<bool> stop = false;
+  auto counting = in_background([&] { return through.count_allocated(stop); });
+  CHECK(waits(counting));
+  must(through.flush());  // others are not kept waiting
+  auto waiting = in_background([&] { through.wait_until_counted(disk); });
+  CHECK(waits(waiting));
+  through.wait_until_counted(memory);
+
+  stop = true;
+  stop.notify_all();
+
+  must(counting.get());
+  waiting.get();
+}
+
+TEST_CASE("switch: what is copied in the background belongs to the disk that is behind it") {
+  struct FillingDisk final : Forwarding, private BackgroundCopy {
+    using Forwarding::Forwarding;
+    BackgroundCopy* background_copy() override { return this; }
+    Progress progress() const override { return {.state = State::running, .done = 5}; }
+  };
+  MemoryDisk memory(kSize);
+  FillingDisk disk(memory);
+  Switch through(disk);
+  const BackgroundCopy* const copy = through.background_copy();
+  REQUIRE(copy != nullptr);
+  CHECK(copy->progress().done == 5);
+
+  Standstill(through).set_disk(memory);
+
+  CHECK(copy->progress().state == BackgroundCopy::State::off);
+  CHECK(through.background_copy() == nullptr);
+}
+
+}  // namespace
+}  // namespace imgfuse::layer

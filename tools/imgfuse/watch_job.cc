@@ -1,0 +1,81 @@
+#include "watch_job.h"
+
+#include <signal.h>
+
+#include <array>
+#include <chrono>
+#include <thread>
+
+#include "control/jobs_json.h"
+
+namespace imgfuse::tool {
+namespace {
+
+constexpr auto kPoll = std::chrono::milliseconds(50);
+
+volatile sig_atomic_t interruptions = 0;
+
+/// Counts signals that would end the process otherwise.
+class Interruptions {
+ public:
+  Interruptions() {
+    interruptions = 0;
+    struct sigaction count = {};
+    count.sa_handler = [](int) { interruptions = interruptions + 1; };
+    for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &count, &before_[i]);
+  }
+  ~Interruptions() {
+    for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &before_[i], nullptr);
+  }
+  Interruptions(const Interruptions&) = delete;
+  Interruptions& operator=(const Interruptions&) = delete;
+
+  bool any() const { return interruptions > 0; }
+
+ private:
+  static constexpr std::array<int, 3> kSignals = {SIGINT, SIGTERM, SIGHUP};
+  std::array<struct sigaction, 3> before_;
+};
+
+Result<JobStatus> status_of(control::Client& daemon, uint64_t id) {
+  IMG_LET(const control::Json list, daemon.call("jobs"));
+  for (const control::Json& json : list)
+    if (const JobStatus job = control::job_from_json(json); job.id == id) return job;
+  return fail(ErrorCode::not_found, "there is no job {}", id);
+}
+
+bool is_enough(const JobStatus& job, WatchUntil until) {
+  if (is_over(job.state)) return true;
+  if (job.state == JobState::paused && job.error) return true;
+  return job.state == JobState::ready && until == WatchUntil::ready;
+}
+
+}  // namespace
+
+Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, IfInterrupted interrupted, Io& io,
+                            ShowProgress show) {
+  ProgressBar bar(io, show);
+  const Progress progress = bar.all();
+  const Interruptions interruptions;
+  bool cancelled = false;
+  while (true) {
+    IMG_LET(const JobStatus status, status_of(daemon, job));
+    if (progress) progress(status.copied, status.copied + status.remaining);
+    if (is_enough(status, cancelled ? WatchUntil::over : until)) return status;
+    if (interruptions.any() && interrupted == IfInterrupted::leave) return status;
+    if (interruptions.any() && !cancelled) {
+      cancelled = true;
+      (void)daemon.call("job-cancel", {{"job", job}});  // or it is over
+    }
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
+Result<> outcome_of(const JobStatus& job) {
+  const bool matters = is_over(job.state) || job.state == JobState::paused;
+  if (matters && job.error) return fail(*job.error);
+  if (job.state == JobState::cancelled) return fail(ErrorCode::invalid, "job {} was cancelled", job.id);
+  return {};
+}
+
+}  // namespace imgfuse::tool

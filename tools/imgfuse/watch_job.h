@@ -1,0 +1,25 @@
+// Waiting for a job in a daemon.
+#pragma once
+
+#include <string>
+
+#include "control/client.h"
+#include "imgfuse/jobs.h"
+#include "progress.h"
+
+namespace imgfuse::tool {
+
+/// Until when a job is watched.
+enum class WatchUntil { ready, over };
+/// What becomes of the job when the one who watches it is interrupted (SIGINT, SIGTERM, SIGHUP).
+enum class IfInterrupted { cancel, leave };
+
+/// Shows the progress, and returns the job's status when it is ready or over, paused by an error, or cancelled by an
+/// interruption. One at a time in a process.
+Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, IfInterrupted interrupted, Io& io,
+                            ShowProgress show);
+
+/// The job's own error; one that says so if it was cancelled; nothing if all went well so far.
+Result<> outcome_of(const JobStatus& job);
+
+}  // namespace imgfuse::tool
