@@ -3,8 +3,10 @@ import contextlib
 import io
 import json
 import sys
+import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 from xml.etree import ElementTree
 
 BENCH = Path(__file__).resolve().parents[2] / 'tools/bench'
@@ -15,8 +17,9 @@ import command_lines  # noqa: E402
 import costs  # noqa: E402
 import counts  # noqa: E402
 import disk_lines  # noqa: E402
+import host  # noqa: E402
 import report  # noqa: E402
-from host import Failure  # noqa: E402
+from host import Failure, RingsAllowed  # noqa: E402
 from results import Result, Sample, Wanted, natural_pairs, summary  # noqa: E402
 from rounds import Bench, Line, Progress, measure, measure_all  # noqa: E402
 
@@ -155,6 +158,21 @@ class Rounds(unittest.TestCase):
         results, failed = self.run_quietly(Alternating(('absent',)))
 
         self.assertEqual((summary(results[0])['sides'], failed), ({}, []))
+
+
+class Parameter(unittest.TestCase):
+    def test_the_parameter_of_the_module_gets_its_value_back(self):
+        with tempfile.NamedTemporaryFile() as file, mock.patch.object(host, 'RINGS', Path(file.name)):
+            host.RINGS.write_text('N\n', encoding='ascii')
+            with self.assertRaises(Failure), RingsAllowed():
+                allowed = host.RINGS.read_text(encoding='ascii')
+                raise Failure('stopped')
+
+            self.assertEqual((allowed, host.RINGS.read_text(encoding='ascii')), ('Y', 'N\n'))
+
+    def test_a_kernel_without_the_parameter_is_left_alone(self):
+        with mock.patch.object(host, 'RINGS', Path('/nowhere/enable_uring')), RingsAllowed():
+            self.assertFalse(host.RINGS.exists())
 
 
 class Lines(unittest.TestCase):
