@@ -74,6 +74,11 @@ def children(pid):
     return [int(child) for child in done.stdout.split()]
 
 
+def has_open(pid, name):
+    """Whether it has a file open with this in its name."""
+    return any(name in os.readlink(link) for link in Path('/proc/%d/fd' % pid).iterdir())
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 def load_pages(path):
@@ -109,11 +114,18 @@ def use_pages(folder, mib):
 
 # --- FUSE over io_uring -----------------------------------------------------------------------------------------------
 
+def why_no_rings():
+    """Why the kernel cannot be made to offer it, or None."""
+    if not RINGS.exists():
+        return 'the kernel has no FUSE over io_uring'
+    return None if os.access(RINGS, os.W_OK) else '%s is read-only' % RINGS
+
+
 class RingsAllowed:
-    """Lets the kernel offer FUSE over io_uring while it is entered, where it has such a thing."""
+    """Lets the kernel offer it while this is entered, where it can."""
 
     def __enter__(self):
-        self.before = RINGS.read_text(encoding='ascii') if RINGS.exists() else None
+        self.before = None if why_no_rings() else RINGS.read_text(encoding='ascii')
         if self.before is not None:
             RINGS.write_text('Y', encoding='ascii')
 

@@ -4,7 +4,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from host import PATIENCE, RINGS, Failure, children, cpu_seconds, has_program, mount_points, peak_mib, run, wait_until
+from host import (PATIENCE, Failure, children, cpu_seconds, has_open, has_program, mount_points, peak_mib, run,
+                  wait_until, why_no_rings)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,8 +100,9 @@ class Imgfuse(Side):
         return missing_rings() if self.rings else None
 
     def start(self, image, disk, options=()):
-        return self.spawn([self.program, image, disk, '-f', *mount_options(self.rings, options)], disk,
-                          lambda mounted: run(self.program, 'umount', mounted.disk))
+        mounted = self.spawn([self.program, image, disk, '-f', *mount_options(self.rings, options)], disk,
+                             lambda mounted: run(self.program, 'umount', mounted.disk))
+        return with_rings(mounted) if self.rings else mounted
 
 
 class NullFuse(Side):
@@ -118,7 +120,8 @@ class NullFuse(Side):
         return missing_rings() if self.rings else None
 
     def start(self, image, disk, options=()):
-        return self.spawn([self.program, image, disk, *mount_options(self.rings, options)], disk, by_signal)
+        mounted = self.spawn([self.program, image, disk, *mount_options(self.rings, options)], disk, by_signal)
+        return with_rings(mounted) if self.rings else mounted
 
 
 class StorageDaemon(Side):
@@ -168,10 +171,17 @@ def mount_options(rings, options):
     return ['-o', words] if words else []
 
 
+def with_rings(mounted):
+    """Checks that it has not fallen back to /dev/fuse, which it may."""
+    if not has_open(mounted.process.pid, '[io_uring]'):
+        raise Failure('%s does without io_uring' % mounted.process.args[0])
+    return mounted
+
+
 def missing_rings():
     if not Imgfuse.has_rings:
         return 'this imgfuse has no option io_uring'
-    return None if RINGS.exists() else 'the kernel has no FUSE over io_uring'
+    return why_no_rings()
 
 
 def find_programs():
