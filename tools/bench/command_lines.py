@@ -9,7 +9,7 @@ from host import MiB, run, use_pages
 from qmp import blockdev_mirror
 from results import Sample
 from rounds import Line
-from sides import OURS, SIDES, Imgfuse, says
+from sides import OURS, SIDES, Imgfuse
 from workloads import fio
 
 QEMU_IMG, BLOCKDEV_MIRROR = 'qemu-img', 'blockdev-mirror'
@@ -71,14 +71,7 @@ class SnapshotLine(Line):
         os.close(fd)
 
 
-class MirrorBase(Line):
-    def missing(self, side):
-        if says('mirror', '--help', word='imgfuse mirror'):
-            return None
-        return 'this imgfuse has no command mirror'
-
-
-class MirrorLine(MirrorBase):
+class MirrorLine(Line):
     """Of an idle disk, from the program's start to its end; qemu-img converts the same image, which nobody has open."""
 
     def __init__(self, name, format):
@@ -100,7 +93,7 @@ class MirrorLine(MirrorBase):
         return Sample(bench.store.mirrored * MiB / 1e6 / seconds)
 
 
-class MirrorLatencyLine(MirrorBase):
+class MirrorLatencyLine(Line):
     """The median of 4k random writes at 500 a second: beside a mirror that copies what they change, and alone."""
     beside, alone = 'beside a mirror', 'alone'
 
@@ -110,8 +103,7 @@ class MirrorLatencyLine(MirrorBase):
         self.mounted = None
 
     def begin(self, bench, sides):
-        if sides:
-            self.mounted = SIDES[OURS].start(images.mirror_source(bench.store), bench.folder / 'mirrored')
+        self.mounted = SIDES[OURS].start(images.mirror_source(bench.store), bench.folder / 'mirrored')
 
     def measure(self, bench, side):
         target = bench.store.anew('target')
@@ -125,12 +117,10 @@ class MirrorLatencyLine(MirrorBase):
         return Sample(latency * 1e6)
 
     def end(self, bench):
-        if self.mounted:
-            self.mounted.close()
-        self.mounted = None
+        self.mounted.close()
 
 
-class MirrorConvergenceLine(MirrorBase):
+class MirrorConvergenceLine(Line):
     """From the start to the pivot, beside a guest that makes 2000 random 4k writes a second."""
 
     def __init__(self, name):
