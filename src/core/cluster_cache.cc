@@ -48,14 +48,11 @@ ClusterCache::Entry* ClusterCache::touch(Key key, uint64_t length) {
 
 ClusterCache::Content ClusterCache::find(Key key, uint64_t length) {
   Lock lock(mutex_);
-  Entry* entry = touch(key, length);
-  if (!entry || !entry->content) return nullptr;
-  ++statistics_.hits;
-  return entry->content;
+  return wait_for(key, length, lock);
 }
 
-Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t size, const Inflate& inflate) {
-  Lock lock(mutex_);
+/// Null if nobody has it, or who inflated it failed.
+ClusterCache::Content ClusterCache::wait_for(Key key, uint64_t length, Lock& lock) {
   for (Entry* entry = touch(key, length); entry; entry = touch(key, length)) {
     if (entry->content) {
       ++statistics_.hits;
@@ -63,6 +60,12 @@ Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t
     }
     inflated_.wait(lock);
   }
+  return nullptr;
+}
+
+Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t size, const Inflate& inflate) {
+  Lock lock(mutex_);
+  if (Content content = wait_for(key, length, lock)) return content;
   const auto entry = std::make_shared<Entry>();
   entry->key = key;
   entry->length = length;

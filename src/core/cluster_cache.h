@@ -41,7 +41,7 @@ class ClusterCache {
 
     /// Whether clusters of this size are kept at all.
     bool keeps(uint64_t size) const { return cache_ && size + kCostOfEntry <= cache_->capacity_; }
-    /// The cluster if it is there, else null. Never blocks.
+    /// The cluster if it is there or on its way, for which it blocks, else null.
     Content find(HostRange stream) const;
     /// The cluster, of `size` bytes, inflated if need be. Blocks.
     Result<Content> get(HostRange stream, size_t size, const Inflate& inflate) const;
@@ -60,6 +60,7 @@ class ClusterCache {
     uint64_t hits = 0, inflated = 0, bytes = 0;
   };
   Statistics statistics() const EXCLUDES(mutex_);
+  uint64_t capacity() const { return capacity_; }
 
  private:
   static constexpr uint64_t kCostOfEntry = 256;  // roughly, in bytes of memory
@@ -76,6 +77,7 @@ class ClusterCache {
   using Recency = boost::intrusive::list<Entry, boost::intrusive::constant_time_size<false>>;
 
   Content find(Key key, uint64_t length) EXCLUDES(mutex_);
+  Content wait_for(Key key, uint64_t length, Lock& lock) REQUIRES(mutex_);
   Result<Content> get(Key key, uint64_t length, size_t size, const Inflate& inflate) EXCLUDES(mutex_);
   void drop(Key first, Key end, uint64_t begin) EXCLUDES(mutex_);
   Entry* touch(Key key, uint64_t length) REQUIRES(mutex_);

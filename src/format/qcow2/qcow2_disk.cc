@@ -11,6 +11,16 @@
 #include "format/qcow2/data_file.h"
 
 namespace imgfuse::qcow2 {
+namespace {
+
+/// What is inflated ahead of need takes half of the cache at most.
+uint64_t window_ahead(const Image& image) {
+  if (!image.inflated.keeps(2 * InflatePool::kReaders * image.geometry.cluster_size)) return 0;
+  return image.inflated.cache()->capacity() / (2 * InflatePool::kReaders);
+}
+
+}  // namespace
+
 Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParameters parameters)
     : storage_(std::move(storage)),
       data_(storage_),
@@ -29,7 +39,9 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       packer_(image_, refcounts_, allocator_),
       map_(image_, allocator_),
       flusher_(*storage_, *this, TableCache::kStages, latch_),
-      snapshots_(hold_ || parameters.snapshot ? nullptr : std::make_unique<Qcow2Snapshots>(*this)) {}
+      snapshots_(hold_ || parameters.snapshot ? nullptr : std::make_unique<Qcow2Snapshots>(*this)),
+      inflaters_({.cluster_size = image_.geometry.cluster_size, .window = window_ahead(image_)},
+                 [this](GuestOffset guest) { inflate_ahead(guest); }) {}
 
 Qcow2Disk::~Qcow2Disk() { assert(closed_ && "a writable disk must be closed"); }
 
@@ -102,6 +114,7 @@ Result<> Qcow2Disk::do_read(GuestOffset offset, Bytes out) {
 }
 
 Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
+  std::vector<CompressedPiece> compressed;
   while (!out.empty()) {
     IMG_LET(const Mapping run, map_.lookup({offset, out.size()}));
     const Bytes part = out.first(run.length);
@@ -118,13 +131,13 @@ Result<> Qcow2Disk::read_range(GuestOffset offset, Bytes out) {
         IMG_TRY(read_below(backing_.get(), backing_size_, offset, part));
         break;
       case ClusterKind::compressed:
-        IMG_TRY(read_compressed(run, offset, part));
+        compressed.push_back({run.compressed, offset, part});
         break;
     }
     offset = offset + run.length;
     out = out.subspan(run.length);
   }
-  return {};
+  return compressed.empty() ? Result<>{} : read_compressed(compressed);
 }
 
 bool Qcow2Disk::reads_zero(const Mapping& mapping, GuestRange range) const {
@@ -289,6 +302,7 @@ Result<> Qcow2Disk::write_out() {
 }
 
 Result<> Qcow2Disk::do_close() {
+  inflaters_.stop();
   Result<> result;
   if (!closed_) {
     const Strict strict(*this);

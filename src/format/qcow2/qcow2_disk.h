@@ -6,6 +6,7 @@
 
 #include "base/latch.h"
 #include "core/flusher.h"
+#include "core/inflate_pool.h"
 #include "core/range_lock.h"
 #include "format/qcow2/allocator.h"
 #include "format/qcow2/compressed.h"
@@ -65,8 +66,11 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   // All of these expect a lease on the range.
   Result<> read_range(GuestOffset offset, Bytes out);
-  Result<> read_compressed(const Mapping& mapping, GuestOffset offset, Bytes out);
-  Result<> read_stream(CompressedRange stream, Bytes cluster);
+  struct CompressedPiece;
+  Result<> read_compressed(std::span<const CompressedPiece> pieces);
+  Result<> read_piece(const CompressedPiece& piece);
+  Result<> inflate(CompressedRange stream, GuestOffset guest, Bytes cluster);
+  void inflate_ahead(GuestOffset guest);
   Result<> write_runs(GuestOffset offset, ConstBytes data);
   Result<size_t> write_in_place(GuestOffset offset, ConstBytes data);
   Result<size_t> write_run(const WriteRun& run, GuestOffset offset, ConstBytes data);
@@ -135,6 +139,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Map map_;
   Flusher flusher_;
   std::unique_ptr<Qcow2Snapshots> snapshots_;  // null when this disk is one
+  InflatePool inflaters_;
 
   // One flush cycle's work, from cut() to end_cycle(); touched by its one thread only.
   struct Cycle {
@@ -146,6 +151,13 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
     uint64_t file_size = 0;
     Allocator::Freed freed;
   } cycle_;
+};
+
+/// A compressed cluster that is to be read, or a part of it.
+struct Qcow2Disk::CompressedPiece {
+  CompressedRange stream;
+  GuestOffset offset;
+  Bytes out;
 };
 
 /// While it lives, flush cycles write counts before what relies on them. write_out() then takes the dirty bit off.

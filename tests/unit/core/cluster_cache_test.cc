@@ -125,13 +125,16 @@ TEST_CASE("cluster cache: who needs what another thread inflates waits for it") 
   auto first = in_background([&] { return value_of(must(f.part.get(stream(0), kSize, slow))); });
   while (calls == 0) std::this_thread::yield();
   auto second = in_background([&] { return value_of(must(f.part.get(stream(0), kSize, slow))); });
+  auto third = in_background([&] { return value_of(f.part.find(stream(0))); });
   CHECK(waits(second));
-  CHECK_FALSE(f.part.find(stream(0)));
+  CHECK(waits(third));
+  CHECK_FALSE(f.part.find(stream(700)));
 
   go.set_value();
 
   CHECK(first.get() == 1);
   CHECK(second.get() == 1);
+  CHECK(third.get() == 1);
   CHECK(calls == 1);
 }
 
