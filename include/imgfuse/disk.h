@@ -52,6 +52,9 @@ enum class Preallocation { off, metadata, falloc, full };
 /// Whether zeroed clusters may give up their host space.
 enum class Zeroing { keep_allocation, may_free };
 
+/// What becomes of zeros that the guest writes: bytes like others, a zeroing that keeps host space, one that frees it.
+enum class DetectZeroes { off, on, unmap };
+
 /// What populate() does with what reads as zeros in the layers below.
 enum class Holes {
   fill,  ///< gives it host space
@@ -101,6 +104,8 @@ class Disk {
   Result<std::vector<Extent>> map(GuestRange range, size_t max_extents = 1024);
   /// From here on every write, zeroing and discard is durable, metadata included, when it returns.
   void set_write_through() { write_through_ = true; }
+  /// To be called before the first request.
+  void set_detect_zeroes(DetectZeroes mode);
   /// Everything acknowledged before the call is durable when it returns. Concurrent calls share the work.
   Result<> flush();
   Result<> resize(uint64_t size, ResizeOptions options = {});
@@ -139,10 +144,13 @@ class Disk {
   Result<> check_range(GuestOffset offset, uint64_t length) const;
   Result<> check_writable() const;
   GuestRange whole_units(GuestRange range, uint32_t unit) const;
+  Result<> write_detecting(GuestOffset offset, ConstBytes data);
   /// Ends a change: flushes it in write-through mode.
   Result<> finish(Result<> change);
 
   bool write_through_ = false;
+  uint32_t detect_unit_ = 0;  // unit in which zeros are looked for; 0: they are not
+  Zeroing detected_ = Zeroing::keep_allocation;
 };
 
 }  // namespace imgfuse

@@ -1,5 +1,8 @@
 #include "imgfuse/disk.h"
 
+#include <algorithm>
+
+#include "base/buffer.h"
 #include "base/math.h"
 
 namespace imgfuse {
@@ -38,7 +41,32 @@ Result<> Disk::read(GuestOffset offset, Bytes out) {
 Result<> Disk::write(GuestOffset offset, ConstBytes data) {
   IMG_TRY(check_range(offset, data.size()));
   if (data.empty()) return {};
-  return finish(do_write(offset, data));
+  return finish(detect_unit_ == 0 ? do_write(offset, data) : write_detecting(offset, data));
+}
+
+void Disk::set_detect_zeroes(DetectZeroes mode) {
+  const DiskInfo disk = do_info();
+  if (mode == DetectZeroes::off || disk.read_only) return;
+  constexpr uint32_t kWorthLooking = 4096;
+  detect_unit_ = std::max(disk.subcluster_size != 0 ? disk.subcluster_size : disk.cluster_size, kWorthLooking);
+  detected_ = mode == DetectZeroes::unmap ? Zeroing::may_free : Zeroing::keep_allocation;
+}
+
+/// Units, or parts of them at either end, that are zeros go another way than others, neighbours together.
+Result<> Disk::write_detecting(GuestOffset offset, ConstBytes data) {
+  while (!data.empty()) {
+    size_t length = std::min<size_t>(data.size(), detect_unit_ - offset.bytes() % detect_unit_);
+    const bool zero = is_zero(data.first(length));
+    while (length < data.size()) {
+      const ConstBytes next = data.subspan(length, std::min<size_t>(data.size() - length, detect_unit_));
+      if (is_zero(next) != zero) break;
+      length += next.size();
+    }
+    IMG_TRY(zero ? do_write_zeroes({offset, length}, detected_) : do_write(offset, data.first(length)));
+    offset = offset + length;
+    data = data.subspan(length);
+  }
+  return {};
 }
 
 Result<> Disk::write_zeroes(GuestRange range, Zeroing zeroing) {

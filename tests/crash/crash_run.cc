@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <cstdlib>
 #include <future>
 
@@ -22,6 +23,7 @@ class CrashRun {
       : scenario_(scenario), directory_(directory), totals_(totals), rng_(seed) {
     workload_.cluster_size = scenario.cluster_size;
     workload_.loose = scenario.compress.has_value();
+    workload_.zeros = true;
     workload_.subclusters = scenario.extended_l2;
     workload_.growth =
         !is_huge() && (scenario.version != 2 || scenario.start != Start::snapshot);  // version 2 cannot grow with one
@@ -62,6 +64,8 @@ class CrashRun {
     data->set_observer(observer);
     auto disk = must(open_image(
         ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress, .data = data}));
+    constexpr std::array kModes = {DetectZeroes::off, DetectZeroes::off, DetectZeroes::on, DetectZeroes::unmap};
+    disk->set_detect_zeroes(kModes[rng_.below(kModes.size())]);
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
       if (scenario_.copies && rng_.one_in(3)) copy(*disk, model);
       Result<> result = random_request(*disk, model, workload_, rng_, request_);

@@ -5,7 +5,7 @@ import os
 import time
 import unittest
 
-from harness import KiB, MiB, ImageCase, attempt, fallocate, pattern, punch_hole, run, sha256, zero_range
+from harness import IMGFUSE, KiB, MiB, ImageCase, attempt, fallocate, pattern, punch_hole, run, sha256, zero_range
 
 
 def used(path):
@@ -203,6 +203,27 @@ class Holes(ImageCase):
         self.assertEqual(os.pread(fd, 4 * MiB, 0), data[:100] + bytes(MiB) + data[100 + MiB:])
         os.close(fd)
         mount.unmount()
+
+    def test_zeros_that_are_written_take_space_unless_they_are_looked_for(self):
+        for mode, over_nothing, over_data in (('off', 4, 8), ('on', 0, 8), ('unmap', 0, 4)):
+            with self.subTest(mode):
+                image = self.qcow2(mode + '.qcow2')
+                mount = self.mount(image, '-o', 'detect_zeroes=' + mode)
+                with open(mount.disk, 'r+b') as disk:
+                    disk.write(bytes(4 * MiB))
+                self.assertEqual(used(mount.disk), over_nothing * MiB)
+                with open(mount.disk, 'r+b') as disk:
+                    disk.write(pattern(8 * MiB, 'data'))
+                    disk.seek(2 * MiB)
+                    disk.write(bytes(4 * MiB))
+                self.assertEqual(used(mount.disk), over_data * MiB)
+                mount.unmount()
+                self.assert_clean(image)
+                mount = self.mount(image, '-r')
+                data = pattern(8 * MiB, 'data')
+                self.assertEqual(mount.disk.read_bytes()[:8 * MiB], data[:2 * MiB] + bytes(4 * MiB) + data[6 * MiB:])
+                mount.unmount()
+        self.assertEqual(attempt(IMGFUSE, self.qcow2(), self.folder, '-o', 'detect_zeroes=yes').status, 2)
 
     def test_preallocation_takes_host_space_and_changes_no_byte(self):
         for kind in ('qcow2', 'raw'):

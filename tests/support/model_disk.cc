@@ -214,8 +214,13 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
   }
   const uint64_t seed = rng.next();
   what = fmt::format("write {:#x}+{:#x} #{:x}", range.begin.bytes(), length, seed & 0xffff);
-  const std::vector<std::byte> data =
-      workload.loose && seed % 4 != 0 ? loose_pattern(length, seed) : pattern(length, seed);
+  std::vector<std::byte> data = workload.loose && seed % 4 != 0 ? loose_pattern(length, seed) : pattern(length, seed);
+  if (workload.zeros && rng.one_in(3)) {
+    const uint64_t from = rng.one_in(2) ? 0 : rng.below(length);
+    const uint64_t to = rng.one_in(2) ? length : rng.between(from, length);
+    std::fill(data.begin() + static_cast<ptrdiff_t>(from), data.begin() + static_cast<ptrdiff_t>(to), std::byte{0});
+    what += fmt::format(", {:#x} to {:#x} of it zeros", from, to);
+  }
   model.write(range.begin, data);
   return disk.write(range.begin, data);
 }

@@ -73,6 +73,7 @@ struct Workload {
   bool populate = true;
   bool growth = false;
   bool loose = false;  ///< most of what is written can be compressed
+  bool zeros = false;  ///< some of what is written is, in stretches
   unsigned flush_one_in = 6;
 };
 

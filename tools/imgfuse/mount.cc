@@ -60,6 +60,13 @@ Result<uint64_t> parse_cache_size(std::string_view text) {
   return size;
 }
 
+Result<DetectZeroes> parse_detect_zeroes(std::string_view name) {
+  if (name == "off") return DetectZeroes::off;
+  if (name == "on") return DetectZeroes::on;
+  if (name == "unmap") return DetectZeroes::unmap;
+  return fail(ErrorCode::invalid, "detect_zeroes={} is none of off, on, unmap", name);
+}
+
 /// The image's options in the -o list: fstab has no other place for them.
 Result<bool> take_image_option(OpenOptions& open, std::string_view key, const std::string& value) {
   if (key == "force_share") {
@@ -77,9 +84,9 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     }
     return true;
   }
-  static constexpr std::array<std::string_view, 10> kWithValue = {
-      "format",         "backing_format", "data_format",      "allow_path", "cache",
-      "metadata_cache", "compress",       "compressed_cache", "snapshot",   "data_file"};
+  static constexpr std::array<std::string_view, 11> kWithValue = {
+      "format",   "backing_format",   "data_format", "allow_path", "cache",        "metadata_cache",
+      "compress", "compressed_cache", "snapshot",    "data_file",  "detect_zeroes"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
@@ -91,6 +98,9 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
   if (key == "compress") open.compress = value;
   if (key == "cache") {
     IMG_LET(open.cache, parse_cache_mode(value));
+  }
+  if (key == "detect_zeroes") {
+    IMG_LET(open.detect_zeroes, parse_detect_zeroes(value));
   }
   if (key == "compressed_cache") {
     IMG_LET(open.compressed_cache, parse_size(value));
@@ -274,7 +284,7 @@ constexpr const char* kFooter =
     "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
     "  format= backing_format= data_format= cache= metadata_cache= allow_path= force_share\n"
     "  compress= compressed_cache= snapshot= data_file= copy_on_read prefetch[=BYTES/S] allow_storage_command\n"
-    "  overlay= ephemeral.\n"
+    "  detect_zeroes= overlay= ephemeral.\n"
     "\n"
     "Without umask= only the owner (uid=) has access to the disk, and root where allow_other lets it in.";
 
