@@ -1,6 +1,7 @@
-// Jobs on whole disks, offline: copying, comparing, measuring, and moving an overlay's content down or up its chain.
+// Jobs on whole disks, offline: copying, comparing, measuring, and moving an overlay up or down its chain.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -61,6 +62,24 @@ Result<Measurement> measure(Disk* source, const CreateOptions& target);
 /// Copies what the overlay and the other layers above `base` hold into `base`, which grows if it is shorter, and makes
 /// it durable. `overlay` was opened with `base` as its chain's end, `layers` deep.
 Result<> commit(Disk& overlay, Disk& base, uint32_t layers, const Progress& progress = {});
+
+struct BenchOptions {
+  uint64_t count = 75000;       ///< requests in all
+  unsigned depth = 64;          ///< threads that each have one request under way
+  uint64_t length = 4096;       ///< of a request in bytes
+  uint64_t step = 0;            ///< from the begin of one request to that of the next; 0: `length`
+  uint64_t offset = 0;          ///< of the first; none lies before it
+  bool write = false;           ///< instead of reading
+  uint8_t pattern = 0;          ///< the byte that is written
+  uint64_t flush_interval = 0;  ///< flush after so many writes; 0: never
+  bool drain = true;            ///< no write is under way while a flush is
+};
+inline constexpr uint64_t kMaxBenchCount = uint64_t{1} << 40;
+inline constexpr unsigned kMaxBenchDepth = 1024;
+inline constexpr uint64_t kMaxBenchMemory = uint64_t{1} << 30;  ///< of all buffers
+
+/// Does that to the disk, and says how long it took.
+Result<std::chrono::nanoseconds> bench(Disk& disk, const BenchOptions& options);
 
 /// Copies into the overlay what would change if `new_backing` (null: none) took the place of its backing file, and
 /// makes that durable. The overlay reads as before.

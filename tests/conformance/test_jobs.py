@@ -275,6 +275,38 @@ class Measure(JobCase):
                 self.assertIn(outcome.status, (1, 2), outcome)
 
 
+class Bench(JobCase):
+    CASES = (('-c', 10), ('-c', 3, '-s', '64k', '-S', '1M'), ('-c', 40, '-s', '5k', '-S', '7k', '-o', '1M'),
+             ('-c', 8, '-s', '64k', '--flush-interval=4'), ('-c', 8, '-s', '64k', '--flush-interval=4', '--no-drain'))
+
+    def test_it_writes_what_qemu_img_writes_and_says_so_in_its_words(self):
+        for format in ('raw', 'qcow2'):
+            image, theirs = self.image('ours.' + format, format), self.path('theirs.' + format)
+            run('cp', '--sparse=always', image, theirs)
+            for case in self.CASES:
+                with self.subTest(case, format=format):
+                    arguments = ('-f', format, '-w', '-d', '2', '--pattern=65', *case)
+                    ours = run(IMGFUSE, 'bench', *arguments, image)
+                    expected = run('qemu-img', 'bench', *arguments, theirs)
+                    self.assertEqual(ours.split('Run completed')[0], expected.split('Run completed')[0])
+                    self.assertRegex(ours, r'\nRun completed in \d+\.\d{3} seconds\.\n')
+                    self.assert_same_disk(image, format, theirs, format)
+            if format != 'raw':
+                self.assert_clean(image, format)
+
+    def test_reading_changes_nothing_and_json_has_the_rates(self):
+        image = self.image('disk.qcow2')
+        before = sha256(image)
+        said = json.loads(run(IMGFUSE, 'bench', '--json', '-c', '100', '-d', '3', '-s', '8k', image))
+        self.assertEqual({key: said[key] for key in ('count', 'depth', 'buffer-size', 'step-size', 'offset', 'write')},
+                         {'count': 100, 'depth': 3, 'buffer-size': 8 * KiB, 'step-size': 8 * KiB, 'offset': 0,
+                          'write': False})
+        self.assertAlmostEqual(said['iops'] * said['seconds'], 100, delta=0.01)
+        self.assertAlmostEqual(said['bytes-per-second'], said['iops'] * 8 * KiB, delta=said['iops'])
+        self.assertEqual(run(IMGFUSE, 'bench', '-q', '-c', '1', image), '')
+        self.assertEqual(sha256(image), before)
+
+
 class Resize(JobCase):
     def resize_both(self, image, format, *arguments):
         """The same on a copy by qemu-img; both are then alike."""

@@ -123,6 +123,32 @@ class Measure(BadInputCase):
         self.refuse('measure', self.path('missing'), says=['missing'])
 
 
+class Bench(BadInputCase):
+    def test_it_changes_nothing_that_it_should_not(self):
+        image = self.qcow2('disk.qcow2', '4M')
+        before = sha256(image)
+        self.refuse('bench', '-w', '-U', image, says=['force-share'])
+        self.refuse('bench', '-w', '-l', '1', image, says=['snapshot'])
+        self.refuse('bench', self.path('missing'), says=['missing', 'no such file'])
+        for arguments in (('-c', '0'), ('-d', '0'), ('-d', '2000'), ('-s', '0'), ('-s', '5M'), ('-o', '4M'),
+                          ('-s', '2M', '-d', '1000'), ('--flush-interval', '3')):
+            with self.subTest(arguments):
+                self.refuse('bench', *arguments, image)
+        for arguments in (('-c', 'many'), ('-s', 'x'), ('--pattern', '256'), ('-t', 'fast'), ('-i', 'native')):
+            with self.subTest(arguments):
+                self.refuse('bench', *arguments, image, status=2)
+        self.assertEqual(sha256(image), before)
+
+    def test_an_image_that_can_only_be_read(self):
+        image = self.qcow2('disk.qcow2', '4M')
+        put(image, 72, '>Q', 2)  # marked as corrupt
+        before = sha256(image)
+        outcome = attempt(IMGFUSE, 'bench', '-w', '-c', '1', image)
+        self.assertEqual(outcome.status, 1)
+        self.assertIn('can only be read', outcome.err)
+        self.assertEqual(sha256(image), before)
+
+
 class CommitAndRebase(BadInputCase):
     def setUp(self):
         super().setUp()

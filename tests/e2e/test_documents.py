@@ -8,7 +8,7 @@ from harness import IMGFUSE, ROOT, ImageCase, attempt, run
 
 MAN = ROOT / 'packaging/man'
 COMMANDS = ('mount', 'umount', 'create', 'snapshot', 'bitmap', 'amend', 'info', 'map', 'check', 'convert', 'compare',
-            'measure', 'resize', 'commit', 'rebase', 'mirror', 'backup', 'stream', 'jobs', 'job', 'list', 'status')
+            'measure', 'bench', 'resize', 'commit', 'rebase', 'mirror', 'backup', 'stream', 'jobs', 'job', 'list', 'status')
 
 
 def plain(page):

@@ -35,6 +35,7 @@ int run_check(Io& io, Arguments args);
 int run_convert(Io& io, Arguments args);
 int run_compare(Io& io, Arguments args);
 int run_measure(Io& io, Arguments args);
+int run_bench(Io& io, Arguments args);
 int run_resize(Io& io, Arguments args);
 int run_commit(Io& io, Arguments args);
 int run_rebase(Io& io, Arguments args);

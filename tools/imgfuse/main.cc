@@ -34,6 +34,7 @@ constexpr std::array kCommands = {
     Command{"convert", run_convert, "copy an image to another one, of any format"},
     Command{"compare", run_compare, "say whether two images hold the same disk"},
     Command{"measure", run_measure, "say how much space a new image would take"},
+    Command{"bench", run_bench, "measure how fast an image is, without FUSE"},
     Command{"resize", run_resize, "make a disk larger or smaller"},
     Command{"commit", run_commit, "move what an overlay holds into its backing file"},
     Command{"rebase", run_rebase, "give an image another backing file"},
