@@ -293,7 +293,7 @@ Result<> Map::make_table(uint64_t l1_index) {
     IMG_TRY(image_.storage.read(old.table(), content.bytes()));
     IMG_TRY(image_.storage.write(table.begin, content.bytes()));
   } else {
-    IMG_TRY(image_.storage.write(table.begin, zeroes(g.cluster_size)));
+    IMG_TRY(image_.storage.write_zeroes(table));  // few hosts write them as bytes
   }
   image_.tables.drop(table);
 
