@@ -3,7 +3,7 @@
 
 build_packages=(
   build-essential pkg-config meson ninja-build
-  libfuse3-dev fuse3 libfmt-dev libboost-dev libexpected-dev libcli11-dev nlohmann-json3-dev
+  libfuse3-dev fuse3 liburing-dev libfmt-dev libboost-dev libexpected-dev libcli11-dev nlohmann-json3-dev
   libdeflate-dev zlib1g-dev libzstd-dev
 )
 demo_packages=(e2fsprogs mount util-linux)

@@ -125,6 +125,9 @@ class Disk {
   /// Jobs on the disk while it is in use, where somebody provides for them (else null): see jobs.h.
   virtual Jobs* jobs() { return nullptr; }
   virtual DiskStatistics statistics() const { return {}; }
+  /// A host file that has exactly the disk's bytes, for somebody who reads it himself, and writes it unless the disk is
+  /// read-only; -1: there is none. Valid until close(). Nobody may ask who has to know of each write.
+  virtual int share_host_file() { return -1; }
 
  private:
   virtual DiskInfo do_info() const = 0;

@@ -57,6 +57,9 @@ class Storage {
   virtual Result<StorageExtent> extent(HostRange range) = 0;
   /// Host space in use, in bytes (st_blocks).
   virtual Result<uint64_t> allocated() = 0;
+  /// The descriptor of the host file, for somebody who reads and writes it himself until this object ends; -1: there
+  /// is none. From then on every flush reaches the host.
+  virtual int share_file() { return -1; }
 };
 
 }  // namespace imgfuse

@@ -12,7 +12,10 @@
 
 #include "base/buffer.h"
 #include "base/math.h"
+#include "fuse/connection.h"
+#include "fuse/kernel_abi.h"
 #include "fuse/request.h"
+#include "fuse/ring_entry.h"
 #include "fuse/seek.h"
 #include "fuse/snapshot_disk.h"
 
@@ -161,8 +164,15 @@ void open(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
   if ((info->flags & O_ACCMODE) != O_RDONLY && request.file().read_only()) return request.error(EROFS);
   if (SnapshotDisk* snapshot = request.node().snapshot)
     if (auto acquired = snapshot->acquire(); !acquired) return request.error(acquired.error());
-  const bool direct = served(raw_request).options.direct_io;
-  request.opened(direct ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : FOPEN_KEEP_CACHE);
+  constexpr uint32_t kDirect = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
+  const Served& session = served(raw_request);
+  session.connection->wait_until_agreed();
+  const int32_t host_file = request.file().host_file();
+  uint32_t flags = session.options.direct_io ? kDirect : FOPEN_KEEP_CACHE;
+  if (host_file != 0) flags = abi::kOpenPassthrough;
+  // With O_DIRECT requests are faster than the kernel's own way; the pages are the host file's in any case.
+  if (host_file != 0 && (info->flags & O_DIRECT) != 0) flags |= kDirect;
+  request.opened(flags, 0, host_file);
 }
 
 void release(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
@@ -173,14 +183,20 @@ void release(fuse_req_t raw_request, fuse_ino_t number, fuse_file_info* info) {
   request.done();
 }
 
+/// Memory for an answer that the calling thread is to make.
+Bytes answer_room(size_t length) {
+  if (const auto room = RingEntry::room(length)) return *room;
+  static thread_local Buffer buffer(kMaxRead);  // memory only where it is touched
+  buffer.reserve(length);
+  return buffer.bytes().first(length);
+}
+
 void read(fuse_req_t raw_request, fuse_ino_t number, size_t length, off_t offset, fuse_file_info* info) {
   if (find_text(raw_request, number)) return read_text(raw_request, length, offset, *info);
   FileRequest request(raw_request, number);
   if (!request) return;
-  static thread_local Buffer buffer(kMaxRead);  // memory only where it is touched
   const GuestRange range = clip(request.disk(), offset, length);
-  buffer.reserve(range.length);
-  const Bytes bytes = buffer.bytes().first(range.length);
+  const Bytes bytes = answer_room(range.length);
   if (auto done = request.disk().read(range.begin, bytes); !done) return request.error(done.error());
   request.data(bytes);
 }

@@ -10,12 +10,15 @@
 
 namespace imgfuse::fuse {
 
+class Connection;
+
 /// What the handlers work on: libfuse's userdata of the session. Outlives it.
 struct Served {
   const Tree& tree;
   const MountOptions& options;
   /// Called once by the first request, before any other is answered.
   std::function<void()> on_init;
+  Connection* connection = nullptr;
 };
 
 /// The handlers. Any number of threads runs them at the same time; each request is answered before its handler returns.

@@ -59,6 +59,7 @@ constexpr std::array kFlags = {
     Flag{"sync", &MountOptions::synchronous, true},
     Flag{"direct_io", &MountOptions::direct_io, true},
     Flag{"writeback_cache", &MountOptions::writeback_cache, true},
+    Flag{"passthrough", &MountOptions::passthrough, true},
     Flag{"clone_fd", &MountOptions::clone_fd, true},
     Flag{"debug", &MountOptions::debug, true},
 };
@@ -117,6 +118,13 @@ Result<mode_t> permission_bits(const Option& option) {
   return *bits;
 }
 
+Result<Rings> rings(const Option& option) {
+  if (option.value == "auto") return Rings::automatic;
+  if (option.value == "on") return Rings::on;
+  if (option.value == "off") return Rings::off;
+  return fail(ErrorCode::invalid, "option io_uring={}: auto, on or off is expected", option.value);
+}
+
 /// The options that have a value. False if `option` is none of them.
 Result<bool> take_value(const Option& option, MountOptions& options) {
   if (option.key == "uid") {
@@ -127,6 +135,8 @@ Result<bool> take_value(const Option& option, MountOptions& options) {
     IMG_LET(options.umask, permission_bits(option));
   } else if (option.key == "max_threads") {
     IMG_LET(options.max_threads, decimal<unsigned>(option, 1, 1024));
+  } else if (option.key == "io_uring") {
+    IMG_LET(options.rings, rings(option));
   } else if (option.key == "fsname") {
     options.fsname = option.value;
   } else if (option.key == "subtype") {
@@ -170,6 +180,8 @@ Result<> parse_options(std::string_view list, MountOptions& options, const Other
   }
   if (options.allow_other && options.allow_root)
     return fail(ErrorCode::invalid, "options allow_other and allow_root exclude each other");
+  if (options.passthrough && (options.writeback_cache || options.direct_io))
+    return fail(ErrorCode::invalid, "option passthrough excludes writeback_cache and direct_io");
   return {};
 }
 

@@ -14,6 +14,9 @@ namespace imgfuse::fuse {
 
 inline constexpr unsigned kDefaultThreads = 16;
 
+/// FUSE over io_uring: where the kernel has it, asked for, never.
+enum class Rings { automatic, on, off };
+
 /// Everything that concerns the presented file and its mount, and nothing of the image.
 struct MountOptions {
   bool read_only = false;
@@ -23,10 +26,12 @@ struct MountOptions {
   bool synchronous = false;      ///< mount(8)'s sync: every write is followed by an fsync
   bool direct_io = false;        ///< the kernel caches nothing of the presented file
   bool writeback_cache = false;  ///< the kernel holds written data back; writes past the end then fail at fsync
+  bool passthrough = false;      ///< the kernel reads and writes the host file by itself, where that can be
   bool single_threaded = false;
   bool clone_fd = false;
   bool debug = false;
   unsigned max_threads = kDefaultThreads;
+  Rings rings = Rings::automatic;
   std::optional<uid_t> uid;  ///< default: whoever mounts
   std::optional<gid_t> gid;
   std::optional<mode_t> umask;  ///< bits taken from 0666; without it only the owner has access

@@ -30,6 +30,9 @@ class RawFile {
   /// Something was written.
   void touch();
   void set_modified(timespec time);
+  /// What the kernel knows the disk's host file by (passthrough.h); 0: it reads and writes through us.
+  int32_t host_file() const { return host_file_; }
+  void set_host_file(int32_t number) { host_file_ = number; }
 
  private:
   Disk& disk_;
@@ -37,6 +40,7 @@ class RawFile {
   const bool read_only_;
   const uint32_t cluster_size_;
   std::atomic<int64_t> modified_;  // nanoseconds since 1970
+  std::atomic<int32_t> host_file_ = 0;
 };
 
 }  // namespace imgfuse::fuse

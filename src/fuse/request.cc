@@ -3,6 +3,7 @@
 #include <linux/fuse.h>
 
 #include <cerrno>
+#include <cstring>
 #include <string>
 
 #include "base/log.h"
@@ -65,10 +66,12 @@ void Request::error(const Error& cause) {
   error(errno_of(cause.code()));
 }
 
-bool Request::opened(uint32_t flags, uint64_t handle) {
+bool Request::opened(uint32_t flags, uint64_t handle, int32_t host_file) {
   fuse_open_out out = {};
   out.open_flags = flags;
   out.fh = handle;
+  static_assert(sizeof out == 16);
+  std::memcpy(reinterpret_cast<std::byte*>(&out) + 12, &host_file, sizeof host_file);  // once called padding
   const iovec part = {&out, sizeof out};
   return fuse_reply_iov(take(), &part, 1) == 0;
 }

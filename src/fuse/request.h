@@ -32,9 +32,9 @@ class Request {
 
   void entry(const fuse_entry_param& entry) { fuse_reply_entry(take(), &entry); }
   void attributes(const struct stat& attributes, double timeout) { fuse_reply_attr(take(), &attributes, timeout); }
-  /// `flags` are the kernel's FOPEN_*, of which libfuse 3.14 does not know all.
-  /// `handle` comes with each later request of whoever has opened. False: he is gone, there will be none.
-  bool opened(uint32_t flags, uint64_t handle = 0);
+  /// `flags` are the kernel's FOPEN_*, of which libfuse 3.14 does not know all. `handle` comes with each later request
+  /// of whoever has opened; `host_file` is for FOPEN_PASSTHROUGH. False: he is gone, there will be none.
+  bool opened(uint32_t flags, uint64_t handle = 0, int32_t host_file = 0);
   void data(ConstBytes bytes) { fuse_reply_buf(take(), reinterpret_cast<const char*>(bytes.data()), bytes.size()); }
   void written(size_t length) { fuse_reply_write(take(), length); }
   void position(off_t position) { fuse_reply_lseek(take(), position); }

@@ -80,10 +80,12 @@ Session::Session(Disk& disk, const Subject& subject, const Mountpoint& mountpoin
       options_(options),
       file_(disk, owner_of(options, disk.info().read_only), subject.modified),
       tree_(tree_of(file_, mountpoint.kind, subject.modified)),
-      served_(new Served{tree_, options_, [this] {
+      served_(new Served{tree_, options_,
+                         [this] {
                            phase_ = Phase::serving;
                            phase_.notify_all();
-                         }}) {
+                         },
+                         &connection_}) {
   if (mountpoint_.kind == MountpointKind::directory) {
     tree_.add_text(kRootNode, "info.json", [this] { return text_of({"info"}); });
     tree_.add_text(kRootNode, "stats.json", [this] { return text_of({"statistics", "jobs"}); });
@@ -97,6 +99,7 @@ Session::~Session() {
   control_.reset();
   if (session_ == nullptr) return;
   fuse_session_unmount(session_);
+  connection_.stop();
   fuse_session_destroy(session_);
 }
 
@@ -129,6 +132,7 @@ Result<> Session::attach() {
   if (!mounted)
     return fail(ErrorCode::io, "mount at {}: {}", mountpoint_.path, messages.empty() ? "refused" : messages);
 
+  connection_.attach(session_);
   const auto entry = find_mount(mountpoint_.path);
   if (!entry) return fail(ErrorCode::io, "mount at {}: /proc/self/mountinfo does not list it", mountpoint_.path);
   const bool is_root = mountpoint_.kind == MountpointKind::file;
@@ -152,6 +156,7 @@ Result<> Session::serve(std::function<void()> on_ready) {
   stop_counting_ = true;
   if (control_ && looped) control_->quiesce();  // its calls have been answered, or fail since the mount is gone
   fuse_session_unmount(session_);               // also ends calls of our own threads into the mount
+  connection_.stop();
   attendant.join();
   if (control_) control_->quiesce();
 
@@ -229,7 +234,9 @@ control::Json Session::describe() const {
           {"image-device", replaced ? attributes.st_dev : subject_.device},
           {"image-inode", replaced ? attributes.st_ino : subject_.inode},
           {"mountpoint", mountpoint_.path},
-          {"ephemeral", ephemeral}};
+          {"ephemeral", ephemeral},
+          {"transport", connection_.has_rings() ? "io_uring" : "/dev/fuse"},
+          {"passthrough", connection_.passes_through()}};
 }
 
 /// One command's answer as it is, of several those that there are under their names.

@@ -12,6 +12,7 @@
 
 #include "control/commands.h"
 #include "control/server.h"
+#include "fuse/connection.h"
 #include "fuse/kernel_cache.h"
 #include "fuse/mountpoint.h"
 #include "fuse/options.h"
@@ -77,6 +78,7 @@ class Session : private control::Presenter {
   const MountOptions options_;
   RawFile file_;
   Tree tree_;
+  Connection connection_{options_, file_};
   std::unique_ptr<Served> served_;
   fuse_session* session_ = nullptr;
   std::optional<KernelCache> cache_;

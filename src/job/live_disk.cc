@@ -22,6 +22,10 @@ Result<> LiveDisk::begin_starting() {
   const Lock lock(mutex_);
   if (closed_) return fail(ErrorCode::busy, "the disk is being unmounted");
   if (starting_ || job_ != job) return fail(ErrorCode::busy, "another job is being started");
+  if (shared_)
+    return fail(ErrorCode::unsupported,
+                "the kernel reads and writes {} by itself: for jobs, mount it without -o passthrough",
+                disk_->info().name);
   starting_ = true;
   return {};
 }
@@ -49,6 +53,14 @@ Result<uint64_t> LiveDisk::start_job(JobOptions options) {
   const Lock lock(mutex_);
   job_ = std::move(job);
   return id;
+}
+
+int LiveDisk::share_host_file() {
+  const Lock lock(mutex_);
+  if (starting_ || job_) return -1;
+  const int file = disk_->share_host_file();
+  shared_ = file >= 0;
+  return file;
 }
 
 /// What is over gives its memory back.

@@ -23,6 +23,8 @@ class LiveDisk final : public layer::Switch, private Jobs {
       : Switch(*disk), open_target_(std::move(open_target)), chain_(std::move(chain)), disk_(std::move(disk)) {}
 
   Jobs* jobs() override { return this; }
+  /// Not while there is a job, nor are there jobs from then on: they have to know of each write.
+  int share_host_file() override EXCLUDES(mutex_);
 
  private:
   Result<uint64_t> start(const JobOptions& options) override;
@@ -80,6 +82,7 @@ class LiveDisk final : public layer::Switch, private Jobs {
   std::shared_ptr<MirrorJob> job_ GUARDED_BY(mutex_);  // the last one
   bool starting_ GUARDED_BY(mutex_) = false;           // another one
   bool closed_ GUARDED_BY(mutex_) = false;
+  bool shared_ GUARDED_BY(mutex_) = false;
   uint64_t last_id_ GUARDED_BY(mutex_) = 0;
   std::deque<JobStatus> over_ GUARDED_BY(mutex_);
 };

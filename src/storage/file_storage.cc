@@ -164,7 +164,7 @@ Result<> FileStorage::flush() {
   const uint64_t wanted = changes_.load(std::memory_order_acquire);
   Lock lock(flush_mutex_);
   if (flush_error_) return fail(*flush_error_);
-  if (flushed_ >= wanted) return {};
+  if (flushed_ >= wanted && !shared_) return {};
   // Everything that has returned by now is covered, so those who wait for the mutex find their work done.
   const uint64_t covered = changes_.load(std::memory_order_acquire);
   if (auto result = file_.sync(); !result) {
@@ -173,6 +173,11 @@ Result<> FileStorage::flush() {
   }
   flushed_ = covered;
   return {};
+}
+
+int FileStorage::share_file() {
+  shared_ = true;
+  return file_.fd();
 }
 
 Result<> FileStorage::resize(uint64_t size) {

@@ -50,6 +50,7 @@ class FileStorage final : public Storage {
   Result<> resize(uint64_t size) override;
   Result<StorageExtent> extent(HostRange range) override;
   Result<uint64_t> allocated() override;
+  int share_file() override;
 
  private:
   FileStorage(UniqueFd fd, StorageInfo info, FileId id, CacheMode cache, uint64_t end, uint32_t unit)
@@ -74,6 +75,7 @@ class FileStorage final : public Storage {
   // Changes that have returned, one ahead: the first flush always reaches the host, since what is read may have been
   // written by somebody who never flushed.
   std::atomic<uint64_t> changes_ = 1;
+  std::atomic<bool> shared_ = false;  // others write too, and nobody counts that
 
   Mutex flush_mutex_;
   uint64_t flushed_ GUARDED_BY(flush_mutex_) = 0;  // changes that are durable

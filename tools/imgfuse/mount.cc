@@ -198,7 +198,9 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   OpenOptions open = request.open;
   open.read_only = request.mount.read_only || open.snapshot;
   open.copy_in_background = true;
-  open.cache = without_write_through(open.cache);  // which is for requests, not for what jobs do beside them
+  // What is for requests is not for what jobs do beside them.
+  open.cache = without_write_through(open.cache);
+  open.detect_zeroes = DetectZeroes::off;
   auto opened = open_image(request, subject->image, open);
   if (!opened) return failed(opened.error());
   if (request.fake) {
@@ -209,6 +211,7 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   auto chain = mounted_chain(opened->options, opened->disk->info().name, opened->path);
   const auto disk = with_jobs(std::move(opened->disk), target_opener(open, subject->image, mountpoint->path), chain);
   if (open.cache != request.open.cache) disk->set_write_through();
+  disk->set_detect_zeroes(request.open.detect_zeroes);
   auto session = fuse::Session::mount(*disk, *subject, *mountpoint, request.mount);
   if (!session) {
     const int status = failed(session.error());
@@ -281,7 +284,8 @@ void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::st
 
 constexpr const char* kFooter =
     "Options for -o: ro rw allow_other allow_root uid=N gid=N umask=OCTAL max_threads=N clone_fd\n"
-    "  fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache, and for the image\n"
+    "  io_uring=auto|on|off fsname=NAME subtype=NAME auto_unmount sync direct_io writeback_cache passthrough,\n"
+    "  and for the image\n"
     "  format= backing_format= data_format= cache= metadata_cache= allow_path= force_share\n"
     "  compress= compressed_cache= snapshot= data_file= copy_on_read prefetch[=BYTES/S] allow_storage_command\n"
     "  detect_zeroes= overlay= ephemeral.\n"

@@ -29,6 +29,7 @@ class DataFile final : public Storage {
   Result<> resize(uint64_t size) override;
   Result<StorageExtent> extent(HostRange range) override;
   Result<uint64_t> allocated() override { return file_->allocated(); }
+  int share_file() override { return file_->size() == end_.load() ? file_->share_file() : -1; }
 
  private:
   DataFile(std::shared_ptr<Storage> file, uint64_t disk_size) : file_(std::move(file)), end_(disk_size) {}

@@ -33,6 +33,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   Snapshots* snapshots() override { return snapshots_.get(); }
   Bitmaps* bitmaps() override { return snapshots_ ? &bitmaps_ : nullptr; }  // they are the active disk's
+  int share_host_file() override { return raw_data_ && read_only_ && snapshots_ ? data_->share_file() : -1; }
 
   DiskStatistics statistics() const override;
 

@@ -32,6 +32,7 @@ class RawDisk final : public Disk {
         storage_(std::move(storage)),
         size_(size) {}
   ~RawDisk() override { assert(read_only_ || !storage_); }
+  int share_host_file() override;
 
  private:
   DiskInfo do_info() const override {
@@ -141,6 +142,12 @@ Result<std::vector<Extent>> RawDisk::do_map(GuestRange range, size_t max_extents
     range = {range.begin + piece.length, range.length - piece.length};
   }
   return extents;
+}
+
+/// Not where writes have to be looked at.
+int RawDisk::share_host_file() {
+  if ((probed_ && !read_only_) || storage_->size() != size_) return -1;
+  return storage_->share_file();
 }
 
 Result<> RawDisk::do_flush() {

@@ -70,6 +70,9 @@ TEST_CASE("fuse options: what makes no sense is named") {
   CHECK(error_of("umask=08") == "option umask=08: an octal number from 0 to 777 is expected");
   CHECK(error_of("umask=1000") == "option umask=1000: an octal number from 0 to 777 is expected");
   CHECK(error_of("max_threads=0") == "option max_threads=0: a number from 1 to 1024 is expected");
+  CHECK(error_of("io_uring=yes") == "option io_uring=yes: auto, on or off is expected");
+  CHECK(error_of("passthrough,writeback_cache") == "option passthrough excludes writeback_cache and direct_io");
+  CHECK(error_of("passthrough,direct_io") == "option passthrough excludes writeback_cache and direct_io");
   CHECK(error_of("allow_other,allow_root") == "options allow_other and allow_root exclude each other");
 }
 

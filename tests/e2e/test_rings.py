@@ -1,0 +1,88 @@
+"""FUSE over io_uring: the same requests by another way. Needs Linux 6.14, whose module has to be told to allow it."""
+import resource
+import signal
+import subprocess
+import unittest
+from pathlib import Path
+
+from harness import IMGFUSE, ImageCase, by_scale, pattern, run, wait_until
+from test_fio import Verify
+
+PARAMETER = Path('/sys/module/fuse/parameters/enable_uring')
+
+
+class RingCase(ImageCase):
+    def setUp(self):
+        super().setUp()
+        if not PARAMETER.exists():
+            self.skipTest('the kernel has no FUSE over io_uring')
+        before = PARAMETER.read_text()
+        PARAMETER.write_text('Y')
+        self.addCleanup(PARAMETER.write_text, before)
+
+    def threads(self, mount):
+        return len(list(Path('/proc/%d/task' % mount.pid).iterdir()))
+
+
+class RingVerify(Verify, RingCase):
+    """All that test_fio.py does, over rings."""
+    megabytes = by_scale(16, 32, 256)
+
+    def mount(self, image, *options, **others):
+        return super().mount(image, '-o', 'io_uring=on', *options, **others)
+
+
+class Rings(RingCase):
+    def test_rings_are_used_where_the_kernel_has_them(self):
+        image = self.qcow2()
+        with_rings = self.mount(image)
+        wait_until(lambda: self.threads(with_rings) >= 16)
+        with_rings.unmount()
+        without = self.mount(image, '-o', 'io_uring=off')
+        self.assertLess(self.threads(without), 16)
+        without.unmount()
+
+    def test_a_kernel_that_does_not_allow_it_is_no_obstacle(self):
+        PARAMETER.write_text('N')
+        image = self.qcow2()
+        mount = self.mount(image, '-o', 'io_uring=on')
+        mount.disk.read_bytes()
+        self.assertLess(self.threads(mount), 16)
+        mount.unmount()
+
+    def test_too_few_file_descriptors_are_no_obstacle(self):
+        image = self.qcow2()
+        mount = self.mount(image, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (14, 14)))
+        self.assertEqual(mount.disk.read_bytes(), bytes(64 << 20))
+        mount.unmount()
+
+    def test_everything_a_file_can_do(self):
+        image = self.qcow2()
+        mount = self.mount(image)
+        data = pattern(3 << 20, 1)
+        with open(mount.disk, 'r+b') as file:
+            file.seek(12345)
+            file.write(data)
+        run('fallocate', '--punch-hole', '--offset', '1M', '--length', '1M', mount.disk)
+        run('truncate', '--size', '128M', mount.disk)
+        content = mount.disk.read_bytes()
+        self.assertEqual(len(content), 128 << 20)
+        wanted = bytearray(128 << 20)
+        wanted[12345:12345 + len(data)] = data
+        wanted[1 << 20:2 << 20] = bytes(1 << 20)
+        self.assertEqual(content, bytes(wanted))
+        mount.unmount()
+        self.assert_clean(image)
+
+    def test_a_killed_daemon_leaves_no_request_waiting(self):
+        image = self.qcow2()
+        mount = self.mount(image)
+        with subprocess.Popen(['dd', 'if=/dev/zero', 'of=%s' % mount.disk, 'bs=1M', 'oflag=direct', 'conv=notrunc'],
+                              stderr=subprocess.DEVNULL) as writer:
+            mount.kill(signal.SIGKILL)
+            self.assertNotEqual(writer.wait(60), 0)
+        mount.bury()
+
+
+if __name__ == '__main__':
+    unittest.main()
