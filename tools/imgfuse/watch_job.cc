@@ -13,15 +13,15 @@ namespace {
 
 constexpr auto kPoll = std::chrono::milliseconds(50);
 
-volatile sig_atomic_t interruptions = 0;
+volatile sig_atomic_t signals_seen = 0;
 
 /// Counts signals that would end the process otherwise.
 class Interruptions {
  public:
   Interruptions() {
-    interruptions = 0;
+    signals_seen = 0;
     struct sigaction count = {};
-    count.sa_handler = [](int) { interruptions = interruptions + 1; };
+    count.sa_handler = [](int) { signals_seen = signals_seen + 1; };
     for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &count, &before_[i]);
   }
   ~Interruptions() {
@@ -30,7 +30,7 @@ class Interruptions {
   Interruptions(const Interruptions&) = delete;
   Interruptions& operator=(const Interruptions&) = delete;
 
-  bool any() const { return interruptions > 0; }
+  bool any() const { return signals_seen > 0; }
 
  private:
   static constexpr std::array<int, 3> kSignals = {SIGINT, SIGTERM, SIGHUP};
