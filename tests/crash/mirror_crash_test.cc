@@ -171,7 +171,8 @@ TEST_CASE("mirror: after a crash at any moment the guest's image has what was fl
   for (size_t i = 0; i < pairs.size(); ++i)
     for (const bool blocking : {false, true}) {
       if (!both && blocking != (i % 2 == 0)) continue;
-      const auto& [from, to] = pairs[i];
+      const auto& from = pairs[i].first;  // clang cannot show names of a structured binding in INFO
+      const auto& to = pairs[i].second;
       INFO("IMG_SEED=" << base_seed() << ", " << from.name << " to " << to.name);
       CAPTURE(blocking);
       states += MirrorCrash(from, to, base_seed()).run(blocking);
