@@ -23,7 +23,7 @@ class Connection {
   /// Borrows the file.
   Connection(const MountOptions& options, RawFile& file) : options_(options), file_(file) {}
 
-  /// When the session is mounted, before its first request. Its userdata must lead from_userdata() here.
+  /// When the session is mounted, before its first request. Its userdata is a Served that names this.
   void attach(fuse_session* session);
   /// For the handler of OPEN: waits until it is known whether the kernel passes requests by us, since all openers of a
   /// file must have the same answer.
