@@ -50,6 +50,8 @@ class CrashRun {
   /// Whole clusters are more than a test can look at thousands of times.
   bool is_huge() const { return scenario_.cluster_size > 2_MiB; }
 
+  bool is_qcow2() const { return !scenario_.fvd && scenario_.table_size == 0; }
+
   /// Works on `image` until enough states were seen, or `requests` were made.
   void live(const Files& files, ModelDisk& model, uint64_t requests, int depth) {
     auto storage = std::make_shared<CrashStorage>(files.image);
@@ -66,6 +68,12 @@ class CrashRun {
         ordered, {.metadata_cache = 64_KiB, .backing = backing_, .compress = scenario_.compress, .data = data}));
     constexpr std::array kModes = {DetectZeroes::off, DetectZeroes::off, DetectZeroes::on, DetectZeroes::unmap};
     disk->set_detect_zeroes(kModes[rng_.below(kModes.size())]);
+    if (depth == 0 && is_qcow2() && rng_.one_in(2)) {  // not while clusters come to be counted ahead, but from then on
+      storage->set_observer({});
+      for (int i = 0; i < 40 && !ImageView::parse(storage->image())->counts_ahead(); ++i)
+        must(random_request(*disk, model, workload_, rng_, request_));
+      storage->set_observer(observer);
+    }
     for (uint64_t i = 0; i < requests && !failed_ && states_ < limit_; ++i) {
       if (scenario_.copies && rng_.one_in(3)) copy(*disk, model);
       Result<> result = random_request(*disk, model, workload_, rng_, request_);
@@ -137,14 +145,19 @@ class CrashRun {
     if (!failed_) {
       const auto data = std::make_shared<MemStorage>(crashed.data);
       const bool read_only = rng_.one_in(4);
-      auto disk = open_image(std::make_shared<MemStorage>(crashed.image),
-                             {.read_only = read_only, .metadata_cache = 64_KiB, .backing = backing_, .data = data});
+      const auto image = std::make_shared<MemStorage>(crashed.image);
+      auto disk =
+          open_image(image, {.read_only = read_only, .metadata_cache = 64_KiB, .backing = backing_, .data = data});
       require(disk.has_value(), disk ? "" : disk.error().text());
       if (!disk) return save(crashed);
       const std::string wrong = model.compare(**disk);
       require_raw(**disk, crashed.data, model);
       must((*disk)->close());
       require(wrong.empty(), wrong);
+      if (view->counts_ahead() && !read_only) {
+        ++totals_.counted_ahead;
+        require(check_image(image->image()).leaks == 0, "what was counted ahead is not given back");
+      }
     }
     if (failed_) return save(crashed);
     if ((totals_.states + states_) % kQemuEvery == 0 && have_qemu_img()) {

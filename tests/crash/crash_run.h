@@ -9,6 +9,7 @@ struct Totals {
   uint64_t states = 0;
   uint64_t confirmed = 0;  ///< by qemu-img
   uint64_t dirty = 0;      ///< with postponed counts
+  uint64_t counted_ahead = 0;
 };
 
 /// Works on the scenario's disk until so many crashed images were looked at, and adds to the totals. Each must check

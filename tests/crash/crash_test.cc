@@ -115,8 +115,8 @@ void crash_in(const std::vector<Scenario>& all) {
     crash_often(all[i], directory, base_seed() + i, wanted * all[i].weight / weights + 1, totals);
   }
   MESSAGE(totals.states << " crash states in " << all.size() << " scenarios, " << totals.confirmed
-                        << " confirmed by qemu-img check, " << totals.dirty
-                        << " with postponed counts, IMG_SEED=" << base_seed());
+                        << " confirmed by qemu-img check, " << totals.dirty << " with postponed counts, "
+                        << totals.counted_ahead << " with counts ahead given back, IMG_SEED=" << base_seed());
 }
 
 TEST_CASE("qcow2: after a crash at any moment everything that was flushed is there") { crash_in(scenarios()); }

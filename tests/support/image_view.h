@@ -67,7 +67,9 @@ class ImageView {
   /// Tables may be changed as far as the header is concerned; it has to say so durably.
   virtual bool tables_may_change() const { return true; }
   /// A cluster that no entry shows reads as zeros, so one that holds zeros may be shown at any time.
-  virtual bool may_show_zeros() const { return is_lazy(); }
+  virtual bool may_show_zeros() const { return false; }
+  /// Clusters that nothing points at may be counted, and the header says so.
+  virtual bool counts_ahead() const { return false; }
   /// A hole may be punched into a cluster that stays in use: it is written with zeros.
   virtual bool punches_in_place() const { return false; }
   /// Where the format has such a table; otherwise 0.

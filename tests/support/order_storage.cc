@@ -346,14 +346,16 @@ void OrderStorage::check_shown(const Reference& reference, uint64_t part) {
                           reference.owner.text(), reference.cluster));
 }
 
-/// Without the bytes there are zeros, and the guest cannot have read anything else.
+/// Without the bytes there are zeros, and the guest has read zeros: where the entry showed a cluster of its own before,
+/// it would have been written in place, had the guest not discarded it.
 bool OrderStorage::may_show_early(const Reference& reference, uint64_t part) const {
   const uint64_t size = view_->part_size();
   const uint64_t begin = (reference.cluster * view_->parts() + part) * size;
-  const bool showed_nothing = std::none_of(possible_.begin(), possible_.end(), [&](const Reference& other) {
-    return other.owner == reference.owner && (other.shown != 0 || other.is_stream());
+  const bool was_zeros = std::none_of(possible_.begin(), possible_.end(), [&](const Reference& other) REQUIRES(mutex_) {
+    const bool copied = other.is_stream() || least_.at(other.cluster) != 1;
+    return other.owner == reference.owner && other.shown != 0 && copied;
   });
-  return shows_zeros_ && showed_nothing && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
+  return shows_zeros_ && was_zeros && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
 }
 
 /// Whatever a crash leaves of a table that is full of zeros durably is a table too.

@@ -37,6 +37,13 @@ void for_each_entry(const MemImage& image, uint64_t offset, uint64_t entries, F 
   }
 }
 
+/// Whether the header, which ends at `at`, is followed by an extension of that type.
+bool has_extension(const MemImage& image, uint64_t at, uint32_t wanted) {
+  for (uint32_t type = 0; (type = load<uint32_t>(image, at)) != 0; at += 8 + round_up(load<uint32_t>(image, at + 4), 8))
+    if (type == wanted) return true;
+  return false;
+}
+
 }  // namespace
 
 std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
@@ -50,6 +57,7 @@ std::optional<Qcow2View> Qcow2View::parse(const MemImage& image) {
   view.data_file_ = (features & 4) != 0;
   view.dirty_ = (features & 3) != 0;
   view.lazy_ = (features & 3) == 1 && (load<uint64_t>(image, 80) & 1) != 0;
+  view.counts_ahead_ = has_extension(image, view.version_ == 3 ? load<uint32_t>(image, 100) : 72, 0x49464341);
   view.refcount_bits_ = 1u << (view.version_ == 3 ? load<uint32_t>(image, 96) : 4);
   view.refcount_table_ = load<uint64_t>(image, 48);
   view.refcount_table_bytes_ = uint64_t{load<uint32_t>(image, 56)} << view.cluster_bits_;

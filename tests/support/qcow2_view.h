@@ -24,6 +24,8 @@ class Qcow2View final : public ImageView {
   bool is_dirty() const override { return dirty_; }
   /// The dirty bit is set, and an image with lazy refcounts may have it.
   bool is_lazy() const override { return lazy_; }
+  bool counts_ahead() const override { return counts_ahead_; }
+  bool may_show_zeros() const override { return true; }  // what the guest copies there is not known here
   uint64_t refcount_table() const override { return refcount_table_; }
   uint64_t refcount_table_bytes() const override { return refcount_table_bytes_; }
   uint64_t counts_per_block() const override { return cluster_size() * 8 / refcount_bits_; }
@@ -44,6 +46,7 @@ class Qcow2View final : public ImageView {
   unsigned refcount_bits_ = 0;
   bool dirty_ = false;
   bool lazy_ = false;
+  bool counts_ahead_ = false;
   bool extended_l2_ = false;
   bool data_file_ = false;  // guest data has no references
   uint64_t refcount_table_ = 0;

@@ -11,7 +11,6 @@ namespace {
 // Past either, a request asks for a flush cycle: the list shall not grow without bound, nor the file.
 constexpr size_t kMaxQuarantine = 65536;  // runs
 constexpr uint64_t kMaxQuarantineBytes = uint64_t{256} << 20;
-constexpr uint64_t kAheadBytes = uint64_t{16} << 20;
 
 }  // namespace
 
@@ -36,54 +35,22 @@ void Allocator::start(uint64_t file_size) {
 
 Result<Reservation> Allocator::reserve(uint64_t wanted) {
   Lock searching(search_);
+  IMG_LET(const uint64_t limit, end_limit());
   uint64_t from = 0;
+  Run counted;
   {
     SharedLock lock(image_.mutex);
     from = lowest_free_;
+    counted = counted_;
   }
-  Result<Reservation> found = search(from, wanted);
-  if (found && ahead_) extend(image_.geometry.cluster_of(found->host()) + found->clusters());
+  // What was freed comes first, so that the file does not grow while it has room.
+  IMG_LET(Reservation found, search(from, wanted, counted.empty() ? limit : counted.first));
+  if (found.clusters() == 0 && !counted.empty()) {
+    IMG_LET(found, take_counted(wanted));
+  }
+  if (found.clusters() == 0) return no_cluster_below(limit);
+  if (ahead_) extend(image_.geometry.cluster_of(found.host()) + found.clusters());
   return found;
-}
-
-void Allocator::stay_ahead() {
-  Lock searching(search_);
-  ahead_ = image_.storage.info().extensible;
-}
-
-void Allocator::durable_to(uint64_t file_size) {
-  ExclusiveLock lock(image_.mutex);
-  durable_end_ = std::max(durable_end_, image_.geometry.cluster_of(HostOffset(file_size)));
-}
-
-/// Nobody can have a cluster past the new end meanwhile, so no write is cut off. What fails here only costs flushes.
-void Allocator::extend(uint64_t end) {
-  const Geometry& g = image_.geometry;
-  const uint64_t ahead = g.clusters_for(kAheadBytes);
-  if (end + ahead / 2 < extended_to_) return;
-  const uint64_t limit = kMaxHostOffset >> g.cluster_bits;
-  const Result<uint64_t> size = image_.storage.size();
-  const uint64_t target = end + ahead;
-  ahead_ = size && target < limit;
-  if (!ahead_) return;
-  if (g.clusters_for(*size) < target) {
-    ahead_ = image_.storage.resize(g.host_of(target).bytes()).has_value();
-    if (!ahead_) return;
-  }
-  extended_to_ = target;
-}
-
-Result<> Allocator::cut_ahead() {
-  Lock searching(search_);
-  if (std::exchange(extended_to_, 0) == 0) return {};
-  ahead_ = false;
-  uint64_t end = 0;
-  {
-    SharedLock lock(image_.mutex);
-    end = image_.geometry.host_of(fresh_from_).bytes();
-  }
-  IMG_LET(const uint64_t size, image_.storage.size());
-  return end < size ? image_.storage.resize(end) : Result<>{};
 }
 
 Result<bool> Allocator::drop_empty_blocks() {
@@ -121,13 +88,13 @@ Result<> Allocator::cut_end() {
   return {};
 }
 
-/// Goes through the counts slice by slice, and makes the block for the first region that has none.
-Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
-  IMG_LET(const uint64_t limit, end_limit());
+/// Goes through the counts slice by slice, and makes the block for the first region that has none. Nothing if there is
+/// nothing free below `limit`.
+Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted, uint64_t limit) {
   for (uint64_t at = from; at < limit;) {
     IMG_LET(Refcounts::Slice slice, refcounts_.slice_of(at));
     if (!slice.pin) {
-      IMG_TRY(make_blocks([&] { return refcounts_.create_block(at); }));
+      IMG_TRY(create_block(at));
       continue;
     }
     IMG_LET(Reservation found, try_slice(slice, at, wanted, limit));
@@ -137,6 +104,10 @@ Result<Reservation> Allocator::search(uint64_t from, uint64_t wanted) {
     }
     at = slice.first + slice.count;
   }
+  return Reservation();
+}
+
+tl::unexpected<Error> Allocator::no_cluster_below(uint64_t limit) const {
   return fail(ErrorCode::no_space, "no cluster is free below the largest host offset, {:#x}",
               limit << image_.geometry.cluster_bits);
 }
@@ -177,13 +148,14 @@ Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
     SharedLock lock(image_.mutex);
     at = image_.storage.info().extensible ? fresh_from_ : lowest_free_;
   }
+  IMG_LET(const uint64_t limit, end_limit());
   if (count > refcounts_.longest_run()) {
-    IMG_LET(const uint64_t limit, end_limit());
     IMG_LET(at, make_blocks([&] { return refcounts_.make_room(at, count, limit); }));
   }
   std::vector<Reservation> run;
   for (uint64_t have = 0; have < count;) {
-    IMG_LET(Reservation next, search(at, count - have));
+    IMG_LET(Reservation next, search(at, count - have, limit));
+    if (next.clusters() == 0) return no_cluster_below(limit);
     const uint64_t first = image_.geometry.cluster_of(next.host());
     if (have > 0 && first != at) {  // something lies in between: start behind it
       run.clear();
@@ -195,6 +167,10 @@ Result<std::vector<Reservation>> Allocator::reserve_contiguous(uint64_t count) {
   }
   if (ahead_) extend(at);
   return run;
+}
+
+Result<uint64_t> Allocator::create_block(uint64_t cluster) {
+  return make_blocks([&] { return refcounts_.create_block(cluster); });
 }
 
 /// `make` writes refcount blocks and returns the end of what it wrote to.

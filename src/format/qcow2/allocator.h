@@ -71,6 +71,25 @@ class Allocator {
   /// From here on the file is made longer ahead of what is reserved, with a hole, so that clusters can be blank. Only
   /// where all clusters come from reserve() and reserve_contiguous().
   void stay_ahead() EXCLUDES(search_);
+  /// Before a flush cycle, after stay_ahead(): where guests allocate, counts clusters at the end of the file that later
+  /// cycles then need not count. Blocks.
+  void count_ahead() EXCLUDES(search_);
+  /// Neighbouring clusters.
+  struct Run {
+    uint64_t first = 0;
+    uint64_t end = 0;
+    bool empty() const { return first == end; }
+    uint64_t count() const { return end - first; }
+  };
+  /// What count_ahead() has counted, at a flush cycle's cut. Under Image::mutex, exclusive.
+  Run counting() const;
+  /// The cycle is durable: reserve() may hand these out.
+  void counts_durable(Run run) EXCLUDES(image_.mutex);
+  /// Between these, count_ahead() does nothing.
+  void pause_counts_ahead() EXCLUDES(search_);
+  void resume_counts_ahead() EXCLUDES(search_);
+  /// Takes back what count_ahead() did; the next cycle writes it. Paused. Blocks.
+  Result<> give_back_counts() EXCLUDES(search_);
   /// A flush has covered the file's length, which was this before.
   void durable_to(uint64_t file_size) EXCLUDES(image_.mutex);
   /// Cuts off what stay_ahead() has added and nobody has used. No request may run. Blocks.
@@ -115,12 +134,17 @@ class Allocator {
 
  private:
   friend class Reservation;
-  Result<Reservation> search(uint64_t from, uint64_t wanted) REQUIRES(search_);
+  Result<Reservation> search(uint64_t from, uint64_t wanted, uint64_t limit) REQUIRES(search_);
+  Result<Reservation> take_counted(uint64_t wanted) REQUIRES(search_);
+  tl::unexpected<Error> no_cluster_below(uint64_t limit) const;
   Result<Reservation> try_slice(const Refcounts::Slice& slice, uint64_t from, uint64_t wanted, uint64_t limit)
       EXCLUDES(image_.mutex);
   template <class Make>
   Result<uint64_t> make_blocks(Make make) REQUIRES(search_);
+  Result<uint64_t> create_block(uint64_t cluster) REQUIRES(search_);
   void extend(uint64_t end) REQUIRES(search_);
+  Run countable() EXCLUDES(image_.mutex);
+  Result<> count_run(Run run) REQUIRES(search_);
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
   void lower(const Refcounts::Slice& slice, uint64_t cluster) REQUIRES(image_.mutex);
 
@@ -130,10 +154,14 @@ class Allocator {
 
   Mutex search_{LockRank::search};
   bool ahead_ GUARDED_BY(search_) = false;
-  uint64_t extended_to_ GUARDED_BY(search_) = 0;       // cluster; 0: never
-  uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;  // no cluster below is free
-  uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;   // clusters from here on read as zeros on the host
-  uint64_t durable_end_ GUARDED_BY(image_.mutex) = 0;  // a crash leaves the file with all clusters below
+  uint64_t extended_to_ GUARDED_BY(search_) = 0;         // cluster; 0: never
+  unsigned paused_ GUARDED_BY(search_) = 0;              // calls of pause_counts_ahead()
+  bool has_allocated_ GUARDED_BY(image_.mutex) = false;  // before an earlier flush
+  Run counting_ GUARDED_BY(image_.mutex);                // counted ahead, but not durably yet
+  Run counted_ GUARDED_BY(image_.mutex);                 // and durably; in front of counting_
+  uint64_t lowest_free_ GUARDED_BY(image_.mutex) = 1;    // no cluster below is free
+  uint64_t fresh_from_ GUARDED_BY(image_.mutex) = 1;     // clusters from here on read as zeros on the host
+  uint64_t durable_end_ GUARDED_BY(image_.mutex) = 0;    // a crash leaves the file with all clusters below
   std::vector<FreedClusters> quarantine_ GUARDED_BY(image_.mutex);
   uint64_t quarantined_ GUARDED_BY(image_.mutex) = 0;  // clusters in quarantine_
   bool releasing_ GUARDED_BY(image_.mutex) = false;    // a flush cycle has taken some out to free them

@@ -6,6 +6,7 @@
 
 #include "base/endian.h"
 #include "format/qcow2/examination.h"
+#include "format/qcow2/header_update.h"
 #include "format/qcow2/qcow2.h"
 #include "format/qcow2/refcounts.h"
 #include "format/qcow2/repair.h"
@@ -119,8 +120,13 @@ Result<Examination> examine(Storage& storage, const Header& header, const CheckS
   return examination;
 }
 
-/// An image without corruptions is neither dirty nor corrupt, whatever its header says.
-Result<> clear_marks(Storage& storage, const Header& header) {
+/// An image without corruptions is neither dirty nor corrupt, whatever its header says, and what was counted ahead has
+/// been given back.
+Result<> clear_marks(Storage& storage, Header header) {
+  if (header.counts_ahead) {
+    header.counts_ahead = false;
+    IMG_TRY(replace_header(storage, header));
+  }
   if ((header.incompatible & (kDirty | kCorrupt)) == 0) return {};
   IMG_TRY(storage.flush());
   const be<uint64_t> incompatible = header.incompatible & ~(kDirty | kCorrupt);
@@ -159,6 +165,14 @@ Result<CheckReport> check_and_repair(Storage& storage, Repair mode, TableEntries
   return report;
 }
 
+/// Nothing is used behind that; it is gone durably, so that nothing can be written there before.
+Result<> cut_behind(Storage& storage, uint64_t end) {
+  IMG_LET(const uint64_t size, storage.size());
+  if (!storage.info().extensible || size <= end) return {};
+  IMG_TRY(storage.resize(end));
+  return storage.flush();
+}
+
 }  // namespace
 
 Result<CheckReport> check(Storage& storage, Repair mode, const CheckSink& sink) {
@@ -172,6 +186,12 @@ Result<> recount(Storage& storage) {
               "the image was not closed cleanly and {} damaged entries could not be repaired; it can be opened "
               "read-only",
               report.corruptions + report.check_errors);
+}
+
+Result<> free_counted_ahead(Storage& storage) {
+  IMG_LET(const CheckReport report, check_and_repair(storage, Repair::leaks, TableEntries::kept, {}));
+  if (report.corruptions == 0 && report.check_errors == 0) return cut_behind(storage, report.image_end_offset);
+  return fail(ErrorCode::corrupt, "{} damaged entries were found", report.corruptions + report.check_errors);
 }
 
 }  // namespace imgfuse::qcow2

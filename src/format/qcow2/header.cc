@@ -201,7 +201,7 @@ Result<> check_backing_name_place(const Header& header, const wire::Header& raw)
   return {};
 }
 
-/// Moves the backing format and the data file's name out of the extensions; checks the extensions whose size the format
+/// Moves what Header names out of the extensions; checks the extensions whose size the format
 /// fixes.
 Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
   bool encryption_header = false;
@@ -218,6 +218,9 @@ Result<> adopt_extensions(Header& header, std::vector<Extension> extensions) {
         if (length > kMaxDataFileName)
           return fail(ErrorCode::corrupt, "data file name of {} bytes is longer than {}", length, kMaxDataFileName);
         header.data_file = text_of(extension.data);
+        continue;
+      case wire::kExtensionCountsAhead:
+        header.counts_ahead = true;
         continue;
       case wire::kExtensionPadding:  // left by a crash; whoever writes the next header closes the gap
         continue;
@@ -391,6 +394,7 @@ Result<std::vector<std::byte>> encode_header(const Header& header) {
   if (header.backing_format)
     append_extension(out, wire::kExtensionBackingFormat, std::as_bytes(std::span(*header.backing_format)));
   if (header.data_file) append_extension(out, wire::kExtensionDataFile, std::as_bytes(std::span(*header.data_file)));
+  if (header.counts_ahead) append_extension(out, wire::kExtensionCountsAhead, {});
   for (const Extension& extension : header.extensions) append_extension(out, extension.type, extension.data);
   append_extension(out, wire::kExtensionEnd, {});
   if (header.backing_name) {

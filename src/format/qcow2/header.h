@@ -53,7 +53,8 @@ struct Header {
   std::optional<std::string> backing_name;
   std::optional<std::string> backing_format;
   std::optional<std::string> data_file;  ///< name of the external data file; may be missing where one is needed
-  std::vector<Extension> extensions;     ///< all but those two and the end marker, in file order
+  bool counts_ahead = false;             ///< clusters that nothing points at may be counted (FORMAT.md, "Counts ahead")
+  std::vector<Extension> extensions;     ///< all but those three and the end marker, in file order
 
   uint64_t cluster_size() const { return uint64_t{1} << cluster_bits; }
   L2Format l2_format() const { return {(incompatible & kExtendedL2) != 0, has_data_file()}; }

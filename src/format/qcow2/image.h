@@ -15,6 +15,7 @@
 #include "core/cluster_cache.h"
 #include "core/table_cache.h"
 #include "format/qcow2/header.h"
+#include "format/qcow2/header_writer.h"
 #include "imgfuse/storage.h"
 
 namespace imgfuse::qcow2 {
@@ -121,11 +122,13 @@ struct Image {
   Image(Storage& image_storage, const Header& header, uint64_t metadata_cache, std::shared_ptr<ClusterCache> clusters)
       : storage(image_storage),
         geometry(header),
+        header_writer(image_storage, header),
         tables(image_storage, geometry.slice_bytes, metadata_cache),
         inflated(std::move(clusters)) {}
 
   Storage& storage;
   const Geometry geometry;
+  HeaderWriter header_writer;
   TableCache tables;
   SharedMutex mutex{LockRank::metadata};
   /// What compressed clusters inflate to. Their host clusters are dropped here when they become free.
@@ -135,6 +138,8 @@ struct Image {
   HostOffset next_packed GUARDED_BY(mutex);
   /// Since the last cut a table came to show bytes that have to be durable before it is written. See Shows.
   bool shows_bytes GUARDED_BY(mutex) = false;
+  /// Since the last cut of counts one was raised that has to be durable before what relies on it.
+  bool counts_first GUARDED_BY(mutex) = false;
   /// Metadata was met that cannot be: see Qcow2Disk::note().
   std::atomic<bool> damaged = false;
 };

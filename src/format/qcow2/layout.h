@@ -53,6 +53,7 @@ inline constexpr uint32_t kExtensionFeatureNames = 0x6803f857;
 inline constexpr uint32_t kExtensionBitmaps = 0x23852875;
 inline constexpr uint32_t kExtensionEncryption = 0x0537be77;
 inline constexpr uint32_t kExtensionDataFile = 0x44415441;
+inline constexpr uint32_t kExtensionCountsAhead = 0x49464341;  // "IFCA", imgfuse's own: Header::counts_ahead
 inline constexpr uint32_t kExtensionPadding = 0x49465044;  // "IFPD", imgfuse's own: hides a stretch (header_update.h)
 
 struct FeatureName {

@@ -48,6 +48,10 @@ Result<CheckReport> check(Storage& storage, Repair repair, const CheckSink& sink
 /// alone, and an error.
 Result<> recount(Storage& storage);
 
+/// Frees what was counted ahead of need when the image was not closed cleanly. Damage of any kind is left alone, and an
+/// error of kind `corrupt`.
+Result<> free_counted_ahead(Storage& storage);
+
 /// What the header and the snapshot table say. `filename`, `actual_size` and `full_backing_filename` are the caller's.
 Result<ImageInfo> info(Storage& storage);
 

@@ -32,7 +32,6 @@ Qcow2Disk::Qcow2Disk(std::shared_ptr<Storage> storage, Header header, OpenParame
       size_(header_.size),
       hold_(std::move(parameters.hold)),
       image_(*storage_, header_, parameters.metadata_cache, std::move(parameters.compressed_cache)),
-      features_(*storage_, header_),
       refcounts_(image_),
       allocator_(image_, refcounts_, latch_),
       bitmaps_(image_, allocator_, ranges_, latch_, read_only_),
@@ -64,7 +63,7 @@ Result<> Qcow2Disk::start(const BackingOpener& open_backing, const DataFileOpene
   if (read_only_) return {};
   IMG_LET(const uint64_t file_size, storage_->size());
   allocator_.start(file_size);
-  if (lazy_ && !compress_ && !image_.geometry.l2.data_file) allocator_.stay_ahead();
+  if (!compress_ && !image_.geometry.l2.data_file) allocator_.stay_ahead();
   image_.tables.set_make_room([this] { (void)flush_counts(); });  // an error stays in the latch
   IMG_TRY(clear_autoclear_bits());
   IMG_TRY(bitmaps_.mark_in_use());
@@ -83,7 +82,7 @@ Result<> Qcow2Disk::open_data(const DataFileOpener& open_data_file) {
 /// only read until it is repaired.
 Result<> Qcow2Disk::mark_corrupt() {
   if (image_.geometry.version < 3) return {};
-  IMG_TRY(features_.set(kCorrupt));
+  IMG_TRY(image_.header_writer.set(kCorrupt));
   return storage_->flush();
 }
 
@@ -92,7 +91,7 @@ Result<> Qcow2Disk::clear_autoclear_bits() {
   const uint64_t kept = header_.autoclear & ((bitmaps_.stored() ? kBitmaps : 0) | (raw_data_ ? kRawDataFile : 0));
   if (header_.autoclear == kept) return {};
   const be<uint64_t> field(kept);
-  IMG_TRY(storage_->write(kAutoclearField, std::as_bytes(std::span(&field, 1))));
+  IMG_TRY(image_.header_writer.write(kAutoclearField, std::as_bytes(std::span(&field, 1))));
   header_.autoclear = kept;
   return storage_->flush();
 }
@@ -233,6 +232,7 @@ Result<> Qcow2Disk::do_count_allocated(const std::atomic<bool>& stop) {
 
 Result<> Qcow2Disk::do_flush() {
   if (read_only_) return {};
+  if (!lazy_) allocator_.count_ahead();
   return flusher_.flush();
 }
 
@@ -242,6 +242,8 @@ void Qcow2Disk::cut() {
   if (!cycle_.lazy || counts_wanted_) {
     counts_wanted_ = false;
     cycle_.counts = image_.tables.freeze(kCountStage);
+    cycle_.counts_first = std::exchange(image_.counts_first, false) && !cycle_.lazy;
+    cycle_.ahead = allocator_.counting();
   }
   cycle_.slices = image_.tables.freeze(kMapStage);
   cycle_.l1 = map_.freeze_l1();
@@ -249,15 +251,13 @@ void Qcow2Disk::cut() {
   cycle_.shows_bytes = std::exchange(image_.shows_bytes, false);
   const bool stale = !cycle_.counts.empty() || image_.tables.has_dirty(kCountStage);
   const bool relies_on_counts = !cycle_.slices.empty() || !cycle_.l1.entries.empty();
-  cycle_.marks_dirty = cycle_.lazy && stale && relies_on_counts && !features_.has(kDirty);
+  cycle_.marks_dirty = cycle_.lazy && stale && relies_on_counts && !image_.header_writer.has(kDirty);
 }
 
 Result<bool> Qcow2Disk::write_stage(unsigned stage) {
   if (stage == kCountStage) {
-    if (cycle_.lazy) {
-      IMG_LET(cycle_.file_size, storage_->size());
-    }
-    if (cycle_.marks_dirty) IMG_TRY(features_.set(kDirty));
+    IMG_LET(cycle_.file_size, storage_->size());
+    if (cycle_.marks_dirty) IMG_TRY(image_.header_writer.set(kDirty));
     if (image_.geometry.l2.data_file) IMG_TRY(data_->flush());  // I2
     IMG_TRY(image_.tables.write(cycle_.counts));
     return !cycle_.counts.empty() || cycle_.marks_dirty;
@@ -267,13 +267,16 @@ Result<bool> Qcow2Disk::write_stage(unsigned stage) {
   return !cycle_.slices.empty() || !cycle_.l1.entries.empty();
 }
 
-bool Qcow2Disk::needs_barrier(unsigned) const { return !cycle_.lazy || cycle_.marks_dirty || cycle_.shows_bytes; }
+bool Qcow2Disk::needs_barrier(unsigned) const {
+  return cycle_.counts_first || cycle_.marks_dirty || cycle_.shows_bytes;
+}
 
 void Qcow2Disk::end_cycle(bool durable) {
   image_.tables.thaw(cycle_.counts, durable);
   image_.tables.thaw(cycle_.slices, durable);
   if (durable) {
     allocator_.durable_to(cycle_.file_size);
+    allocator_.counts_durable(cycle_.ahead);
     if (Result<> released = allocator_.release(std::move(cycle_.freed)); !released) latch_.set(released.error());
   } else {
     map_.keep_l1(cycle_.l1);
@@ -291,11 +294,12 @@ Result<> Qcow2Disk::flush_counts() {
 /// Nothing is dirty or in quarantine when it returns, and no dirty bit set, if nobody makes requests meanwhile. Needs a
 /// Strict.
 Result<> Qcow2Disk::write_out() {
+  IMG_TRY(allocator_.give_back_counts());
   // The first cycle frees what was in quarantine, the second writes the lowered counts.
   do IMG_TRY(flusher_.flush());
   while (allocator_.has_quarantine() || image_.tables.statistics().dirty > 0);
-  if (!lazy_ || !features_.has(kDirty)) return {};
-  Result<> cleared = features_.clear(kDirty);
+  if (!lazy_ || !image_.header_writer.has(kDirty)) return {};
+  Result<> cleared = image_.header_writer.clear(kDirty);
   if (cleared) cleared = storage_->flush();
   if (!cleared) latch_.set(cleared.error());
   return cleared;
@@ -309,6 +313,7 @@ Result<> Qcow2Disk::do_close() {
     result = write_out();
     if (result) result = bitmaps_.store(flusher_);
     if (result) result = write_out();
+    if (result) result = image_.header_writer.set_counts_ahead(false);
     if (result) result = allocator_.cut_ahead();
   }
   closed_ = true;
@@ -342,6 +347,16 @@ Result<> check_compression(const Header& header, const std::optional<std::string
   return {};
 }
 
+/// The image was not closed cleanly: its counts are put right.
+Result<> settle(Storage& storage, const Header& header) {
+  if (header.incompatible & kDirty) return recount(storage);
+  Result<> freed = free_counted_ahead(storage);
+  if (freed || freed.error().code() != ErrorCode::corrupt) return freed;
+  log_warning("{} was not closed cleanly, and space that nothing uses cannot be freed: {}; see imgfuse check",
+              storage.info().name, freed.error().text());
+  return {};
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParameters parameters) {
@@ -354,8 +369,8 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, OpenParamet
   if (!parameters.read_only) {
     IMG_LET(header, read_header(*storage, Purpose::write));
   }
-  if (!parameters.read_only && (header.incompatible & kDirty)) {
-    IMG_TRY(recount(*storage));
+  if (!parameters.read_only && ((header.incompatible & kDirty) || header.counts_ahead)) {
+    IMG_TRY(settle(*storage, header));
     IMG_LET(header, read_header(*storage, Purpose::write));
   }
   if (parameters.snapshot) {

@@ -11,7 +11,6 @@
 #include "format/qcow2/allocator.h"
 #include "format/qcow2/compressed.h"
 #include "format/qcow2/dirty_bitmaps.h"
-#include "format/qcow2/feature_bits.h"
 #include "format/qcow2/image.h"
 #include "format/qcow2/map.h"
 #include "format/qcow2/qcow2.h"
@@ -132,7 +131,6 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Latch latch_;
   RangeLock ranges_;
   Image image_;
-  FeatureBits features_;
   Refcounts refcounts_;
   Allocator allocator_;
   DirtyBitmaps bitmaps_;
@@ -149,6 +147,8 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
     bool lazy = false;         // counts may be written behind what relies on them, once the dirty bit is durable
     bool marks_dirty = false;  // that is not so yet
     bool shows_bytes = false;  // data first
+    bool counts_first = false;
+    Allocator::Run ahead;  // among the counts
     uint64_t file_size = 0;
     Allocator::Freed freed;
   } cycle_;
@@ -161,11 +161,18 @@ struct Qcow2Disk::CompressedPiece {
   Bytes out;
 };
 
-/// While it lives, flush cycles write counts before what relies on them. write_out() then takes the dirty bit off.
+/// While it lives, flush cycles write counts before what relies on them, and none ahead of need. write_out() then takes
+/// the dirty bit off, and back what was counted ahead.
 class Qcow2Disk::Strict {
  public:
-  explicit Strict(Qcow2Disk& disk) : disk_(disk) { ++disk_.strict_; }
-  ~Strict() { --disk_.strict_; }
+  explicit Strict(Qcow2Disk& disk) : disk_(disk) {
+    ++disk_.strict_;
+    disk_.allocator_.pause_counts_ahead();
+  }
+  ~Strict() {
+    disk_.allocator_.resume_counts_ahead();
+    --disk_.strict_;
+  }
   Strict(const Strict&) = delete;
   Strict& operator=(const Strict&) = delete;
 

@@ -132,7 +132,12 @@ uint64_t Refcounts::first_free(const Slice& slice, uint64_t cluster) const {
   return slice.first + index;
 }
 
-void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) {
+void Refcounts::set(const Slice& slice, uint64_t cluster, uint64_t value) NO_THREAD_SAFETY_ANALYSIS {
+  if (value > get(slice, cluster)) image_.counts_first = true;
+  put(slice, cluster, value);
+}
+
+void Refcounts::put(const Slice& slice, uint64_t cluster, uint64_t value) {
   const uint32_t bits = image_.geometry.refcount_bits;
   const uint64_t index = cluster - slice.first;
   const Bytes counts = image_.tables.edit(slice.pin, kCountStage, index * bits / 8, divide_up(bits, 8));
@@ -267,7 +272,7 @@ Result<uint64_t> Refcounts::grow_table(uint64_t index, uint64_t free_clusters) {
     be<uint64_t> offset;
     be<uint32_t> clusters;
   } field{offset.bytes(), static_cast<uint32_t>(clusters)};
-  IMG_TRY(image_.storage.write(kRefcountTableField, std::as_bytes(std::span(&field, 1))));
+  IMG_TRY(image_.header_writer.write(kRefcountTableField, std::as_bytes(std::span(&field, 1))));
   IMG_TRY(image_.storage.flush());
 
   ExclusiveLock lock(image_.mutex);

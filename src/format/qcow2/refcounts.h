@@ -35,7 +35,10 @@ class Refcounts {
   uint64_t get(const Slice& slice, uint64_t cluster) const;  ///< under Image::mutex, shared
   /// The first cluster from `cluster` on with a count of zero, or the slice's end. Under Image::mutex, shared.
   uint64_t first_free(const Slice& slice, uint64_t cluster) const;
-  void set(const Slice& slice, uint64_t cluster, uint64_t value);  ///< under Image::mutex, exclusive; pinned
+  /// Whatever comes to rely on a raised count is written behind it. Under Image::mutex, exclusive; pinned.
+  void set(const Slice& slice, uint64_t cluster, uint64_t value);
+  /// Counts a cluster that nobody relies on before this is durable. As set() otherwise.
+  void count_ahead(const Slice& slice, uint64_t cluster) { put(slice, cluster, 1); }
 
   /// Makes the block (and, where the table is too short, a longer table) that counts `cluster`. Blocks: writes, and one
   /// to three host flushes, but seldom. One caller at a time. Returns the end of the clusters that it wrote to.
@@ -65,6 +68,7 @@ class Refcounts {
   std::vector<HostRange> take_replaced_tables();
 
  private:
+  void put(const Slice& slice, uint64_t cluster, uint64_t value);
   uint64_t blocks_at_once() const;
   Result<uint64_t> create_blocks_in_table(uint64_t index, uint64_t count);
   Result<> write_entries(uint64_t index, std::span<const be<uint64_t>> entries);

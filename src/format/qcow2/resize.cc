@@ -95,7 +95,7 @@ Result<> Qcow2Disk::grow_l1(uint64_t entries) {
     be<uint32_t> entries;
     be<uint64_t> offset;
   } field{static_cast<uint32_t>(entries), offset.bytes()};
-  Result<> switched = storage_->write(kSizeField + 12, std::as_bytes(std::span(&field, 1)));
+  Result<> switched = image_.header_writer.write(kSizeField + 12, std::as_bytes(std::span(&field, 1)));
   if (switched) switched = storage_->flush();
   if (!switched) {
     latch_.set(switched.error());  // either table may be the durable one
@@ -109,7 +109,7 @@ Result<> Qcow2Disk::grow_l1(uint64_t entries) {
 
 Result<> Qcow2Disk::write_size(uint64_t size) {
   const be<uint64_t> field(size);
-  Result<> written = storage_->write(kSizeField, std::as_bytes(std::span(&field, 1)));
+  Result<> written = image_.header_writer.write(kSizeField, std::as_bytes(std::span(&field, 1)));
   if (written) written = storage_->flush();
   if (!written) {
     latch_.set(written.error());

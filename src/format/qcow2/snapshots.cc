@@ -247,7 +247,7 @@ Result<> Qcow2Snapshots::switch_header(const TreeChange& change, const Outcome& 
   raw.refcount_table_clusters = static_cast<uint32_t>(change.refcount_table_clusters());
   raw.snapshot_count = static_cast<uint32_t>(outcome.snapshots.size());
   raw.snapshots_offset = change.snapshot_table_offset().bytes();
-  IMG_TRY(disk_.storage_->write(kSizeField, bytes.subspan(kSizeField.bytes())));
+  IMG_TRY(disk_.image_.header_writer.write(kSizeField, bytes.subspan(kSizeField.bytes())));
   return disk_.storage_->flush();
 }
 

@@ -118,8 +118,12 @@ TEST_CASE("qcow2: a large read of contiguous clusters is one host read per table
   CHECK(f.memory->counts().reads <= 2);  // a slice of 512 entries maps 32 MiB; counts of the allocator cut runs, too
 }
 
-TEST_CASE("qcow2: a flush costs one host flush when nothing was allocated, and two when something was") {
+TEST_CASE("qcow2: in the long run a flush costs one host flush, whether something was allocated or not") {
   Fixture f;
+  for (uint64_t i = 0; i < 2; ++i) {  // the first that allocate also make clusters ready for those behind them
+    must(f.disk->write(GuestOffset(9_MiB + i * 128_KiB), pattern(4096, i)));
+    must(f.disk->flush());
+  }
   uint64_t most_in_place = 0;
   uint64_t most_allocating = 0;
   for (uint64_t i = 0; i < 50; ++i) {
@@ -135,14 +139,13 @@ TEST_CASE("qcow2: a flush costs one host flush when nothing was allocated, and t
   }
 
   CHECK(most_in_place == 1);
-  CHECK(most_allocating == 2);
+  CHECK(most_allocating == 1);
 }
 
 TEST_CASE("qcow2: discarding and writing again costs two host flushes per flush, in the long run") {
   Fixture f;
-  f.memory->counts().reset();
-
-  for (uint64_t i = 0; i < 50; ++i) {
+  for (uint64_t i = 0; i < 52; ++i) {
+    if (i == 2) f.memory->counts().reset();
     must(f.disk->discard({GuestOffset(i * 128_KiB), 64_KiB}));
     must(f.disk->write(GuestOffset(10_MiB + i * 128_KiB), pattern(65536, i)));
     must(f.disk->flush());
