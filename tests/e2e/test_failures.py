@@ -1,5 +1,6 @@
 """What was acknowledged survives: the death of the daemon, and a full host file system."""
 import errno
+import json
 import os
 import random
 import threading
@@ -221,6 +222,24 @@ class Dirty(FailureCase):
                 self.assertEqual(disk.read()[3 * MiB:8 * MiB], b'\7' * (5 * MiB))
             mount.unmount()
             self.assertEqual(sha256(image), before)
+
+    def test_clusters_that_were_counted_ahead_come_back(self):
+        """QEMU writes to the image in between, and keeps what the header says of it."""
+        image = self.qcow2('disk.qcow2', '512M')
+        mount = self.mount(image)
+        fd = mount.open()
+        for number in range(4):
+            os.pwrite(fd, b'\7' * MiB, number * MiB)
+            os.fsync(fd)
+        mount.kill()
+        mount.bury()
+        close_quietly(fd)
+
+        run('qemu-io', '-f', 'qcow2', '-c', 'read -P 7 0 4M', '-c', 'write -P 8 20M 64k', image)
+        self.assertGreater(json.loads(attempt('qemu-img', 'check', '--output=json', image).out)['leaks'], 400)
+        self.mount(image).unmount()
+        self.assert_clean(image)
+        run('qemu-io', '-f', 'qcow2', '-c', 'read -P 7 0 4M', '-c', 'read -P 8 20M 64k', image)
 
     def test_qemu_goes_on_with_a_qed_image_that_imgfuse_died_with(self):
         image = self.new('disk.qed')
