@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from host import MiB, Failure, load_pages, run
+from host import MiB, Failure, drop_pages, load_pages, run
 from sides import Imgfuse
 
 PLACES = 4096  # of 4 KiB with data, in an image that is mostly empty
@@ -29,6 +29,8 @@ class Store:
         if not path.exists():
             half = self.folder / ('half-' + name)
             make(half)
+            # The kernel reads it again, in the same large pieces whoever wrote it: these decide what a write costs later.
+            drop_pages(half)
             half.rename(path)
         return path
 
