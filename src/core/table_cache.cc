@@ -27,7 +27,7 @@ TableCache::~TableCache() NO_THREAD_SAFETY_ANALYSIS {
 ConstBytes TableCache::Pin::content() const { return {table_->content.get(), cache_->table_bytes_}; }
 
 Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
-  Lock lock(mutex_);
+  ExclusiveLock lock(mutex_);
   for (bool may_flush = room == Room::flush_for_it && make_room_;; may_flush = false) {
     if (auto found = by_offset_.find(offset.bytes()); found != by_offset_.end()) {
       Table& table = *found->second;
@@ -39,7 +39,7 @@ Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
         release_if_unused(table);
         return fail(std::move(error));
       }
-      ++statistics_.hits;
+      hits_.fetch_add(1, std::memory_order_relaxed);
       return Pin(*this, table);
     }
     if (!has_room() && !idle_.empty()) evict_one();
@@ -76,7 +76,7 @@ Result<TableCache::Pin> TableCache::load(HostOffset offset) {
 }
 
 void TableCache::unpin(Table& table) {
-  Lock lock(mutex_);
+  ExclusiveLock lock(mutex_);
   --table.pins;
   release_if_unused(table);
 }
@@ -89,7 +89,10 @@ void TableCache::release_if_unused(Table& table) {
   while (count_ > max_tables_ && !idle_.empty()) evict_one();
 }
 
+/// A table that was looked at since it became idle has another turn.
 void TableCache::evict_one() {
+  while (idle_.front().looked_at.exchange(false, std::memory_order_relaxed))
+    idle_.splice(idle_.end(), idle_, idle_.begin());
   Table& victim = idle_.front();
   idle_.pop_front();
   ++statistics_.evictions;
@@ -109,7 +112,7 @@ void TableCache::destroy(Table& table) {
 
 Bytes TableCache::edit(const Pin& pin, unsigned stage, size_t first, size_t length) {
   Table& table = *pin.table_;
-  Lock lock(mutex_);
+  ExclusiveLock lock(mutex_);
   if (table.content_frozen) {
     auto copy = std::make_shared_for_overwrite<std::byte[]>(table_bytes_);
     std::memcpy(copy.get(), table.content.get(), table_bytes_);
@@ -130,7 +133,7 @@ Bytes TableCache::edit(const Pin& pin, unsigned stage, size_t first, size_t leng
 }
 
 void TableCache::drop(HostRange range) {
-  Lock lock(mutex_);
+  ExclusiveLock lock(mutex_);
   for (HostOffset offset = range.begin; offset < range.end(); offset = offset + table_bytes_) {
     auto found = by_offset_.find(offset.bytes());
     if (found == by_offset_.end()) continue;
@@ -151,7 +154,7 @@ void TableCache::drop(HostRange range) {
 TableCache::Batch TableCache::freeze(unsigned stage) {
   Batch batch;
   {
-    Lock lock(mutex_);
+    ExclusiveLock lock(mutex_);
     batch.reserve(dirty_[stage].size());
     while (!dirty_[stage].empty()) {
       Table& table = dirty_[stage].front();
@@ -190,7 +193,7 @@ Result<> TableCache::write(const Batch& batch) {
 }
 
 void TableCache::thaw(const Batch& batch, bool written) {
-  Lock lock(mutex_);
+  ExclusiveLock lock(mutex_);
   for (const Frozen& frozen : batch) {
     Table& table = *frozen.table;
     table.frozen = table.content_frozen = false;
@@ -207,18 +210,19 @@ void TableCache::thaw(const Batch& batch, bool written) {
 }
 
 bool TableCache::has_dirty(unsigned stage) const {
-  Lock lock(mutex_);
+  SharedLock lock(mutex_);
   return !dirty_[stage].empty();
 }
 
 bool TableCache::wants_flush() const {
-  Lock lock(mutex_);
+  SharedLock lock(mutex_);
   return dirty_count_ > max_tables_ / 2;
 }
 
 TableCache::Statistics TableCache::statistics() const {
-  Lock lock(mutex_);
+  SharedLock lock(mutex_);
   Statistics now = statistics_;
+  now.hits = hits_.load(std::memory_order_relaxed);
   now.tables = count_;
   now.dirty = dirty_count_;
   return now;

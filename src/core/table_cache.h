@@ -4,6 +4,7 @@
 
 #include <boost/intrusive/list.hpp>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -19,8 +20,8 @@ namespace imgfuse {
 
 /// Caches tables (or equal slices of larger tables) of one size, each under its host offset.
 ///
-///        pin() misses            last unpin, not dirty          victim
-///   ── ► loading ── read ── ► in use ◄────────────► idle (LRU list) ── ► gone
+///        pin() misses            last unpin, not dirty          victim, if nobody looked at it lately
+///   ── ► loading ── read ── ► in use ◄────────────► idle (in turn) ── ► gone
 ///                               │ edit()              ▲
 ///                               ▼                     │ thaw(), unless edited meanwhile
 ///                             dirty ── freeze() ── ► frozen: its content is being written
@@ -75,6 +76,19 @@ class TableCache {
 
   Result<Pin> pin(HostOffset offset, Room room = Room::flush_for_it) EXCLUDES(mutex_);
 
+  /// What `look(content)` returns, if the table is here; it calls nothing of the cache. With the metadata lock held, at
+  /// least shared. Excludes nobody who does the same.
+  template <class Look>
+  auto look_at(HostOffset offset, Look look) const EXCLUDES(mutex_) -> std::optional<decltype(look(ConstBytes()))> {
+    SharedLock lock(mutex_);
+    const auto found = by_offset_.find(offset.bytes());
+    if (found == by_offset_.end() || found->second->loading || found->second->load_error) return std::nullopt;
+    Table& table = *found->second;
+    if (!table.looked_at.load(std::memory_order_relaxed)) table.looked_at.store(true, std::memory_order_relaxed);
+    hits_.fetch_add(1, std::memory_order_relaxed);
+    return look(ConstBytes(table.content.get(), table_bytes_));
+  }
+
   /// The whole content, of which `length` bytes from `first` on are about to change: they are dirty for `stage` now. A
   /// table is always dirty for the same stage. With the metadata lock held exclusively, from here to the last change.
   Bytes edit(const Pin& pin, unsigned stage, size_t first, size_t length) EXCLUDES(mutex_);
@@ -116,7 +130,8 @@ class TableCache {
     HostOffset offset;
     std::shared_ptr<std::byte[]> content;  // owner's metadata lock
     unsigned pins = 0;
-    unsigned stage = 0;  // where it is written when dirty
+    unsigned stage = 0;                   // where it is written when dirty
+    std::atomic<bool> looked_at = false;  // by look_at(), since it became idle
     bool loading = false;
     bool attached = true;         // found by its offset
     bool dirty = false;           // in dirty_[stage]
@@ -141,14 +156,15 @@ class TableCache {
   const size_t max_tables_;
   std::function<void()> make_room_;
 
-  mutable Mutex mutex_{LockRank::cache};
+  mutable SharedMutex mutex_{LockRank::cache};
   ConditionVariable loaded_;
   std::unordered_map<uint64_t, Table*> by_offset_ GUARDED_BY(mutex_);
-  List idle_ GUARDED_BY(mutex_);  // clean and unpinned, least recently used first
+  List idle_ GUARDED_BY(mutex_);  // clean and unpinned; the next victim first
   List dirty_[kStages] GUARDED_BY(mutex_);
   size_t count_ GUARDED_BY(mutex_) = 0;  // all tables in being, detached ones too
   size_t dirty_count_ GUARDED_BY(mutex_) = 0;
-  Statistics statistics_ GUARDED_BY(mutex_);
+  Statistics statistics_ GUARDED_BY(mutex_);  // without hits_
+  mutable std::atomic<uint64_t> hits_ = 0;
 };
 
 }  // namespace imgfuse

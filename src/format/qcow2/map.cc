@@ -112,7 +112,18 @@ Result<L1Entry> Map::l1_entry(GuestOffset guest) const {
 template <class Look, class Nothing>
 auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(nothing()) {
   const uint64_t l1_index = image_.geometry.l1_index(guest);
-  for (;;) {
+  {
+    SharedLock lock(image_.mutex);
+    if (l1_index >= l1_.size()) return nothing();
+    const L1Entry l1{l1_[l1_index]};
+    IMG_TRY(check_table(l1, l1_index));
+    if (!l1.present()) return nothing();
+    const SlicePlace where = place(l1, guest);
+    auto found =
+        image_.tables.look_at(where.offset, [&](ConstBytes slice) { return look(slice, where.first_index, l1); });
+    if (found) return *std::move(found);
+  }
+  for (;;) {  // the slice has to be loaded
     IMG_LET(const L1Entry l1, l1_entry(guest));
     if (!l1.present()) return nothing();
     IMG_TRY(check_in_file(l1, l1_index));

@@ -113,7 +113,14 @@ Result<Mapping> Map::lookup(GuestRange range) {
   if (table == kUnallocated)
     return Mapping{.length = std::min(range.length, g.coverage - range.begin.bytes() % g.coverage)};
   IMG_TRY(check_table(table, index));
-  IMG_LET(const TableCache::Pin slice, image_.tables.pin(slice_place(table, range.begin)));
+  const HostOffset place = slice_place(table, range.begin);
+  {
+    SharedLock lock(image_.mutex);
+    auto found = image_.tables.look_at(
+        place, [&](ConstBytes slice) NO_THREAD_SAFETY_ANALYSIS { return read_run(slice, range); });
+    if (found) return *std::move(found);
+  }
+  IMG_LET(const TableCache::Pin slice, image_.tables.pin(place));
   SharedLock lock(image_.mutex);
   return read_run(slice.content(), range);
 }
