@@ -50,7 +50,6 @@ struct OpenOptions {
   bool copy_in_background = false;
   bool copy_on_read = false;         ///< what is read from a backing file is kept in the image
   std::optional<uint64_t> prefetch;  ///< everything is copied, this many bytes a second; 0: as fast as it goes
-  DetectZeroes detect_zeroes = DetectZeroes::off;
 };
 
 /// Longest backing chain that is opened.

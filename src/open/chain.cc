@@ -259,7 +259,6 @@ Result<std::unique_ptr<Disk>> open_disk(const std::string& path, const OpenOptio
   auto disk = open_whole(path, options);
   if (!disk) return fail(disk.error().during("open {}", path));
   if (options.cache == CacheMode::writethrough || options.cache == CacheMode::directsync) (*disk)->set_write_through();
-  (*disk)->set_detect_zeroes(options.detect_zeroes);
   return disk;
 }
 

@@ -90,14 +90,13 @@ class Side:
 
 class Imgfuse(Side):
     program = None  # set once, see find_programs()
-    has_rings = False
 
     def __init__(self, name, rings=False, format=None):
         super().__init__(name)
         self.rings, self.format = rings, format
 
     def missing(self):
-        return missing_rings() if self.rings else None
+        return why_no_rings() if self.rings else None
 
     def start(self, image, disk, options=()):
         mounted = self.spawn([self.program, image, disk, '-f', *mount_options(self.rings, options)], disk,
@@ -117,7 +116,7 @@ class NullFuse(Side):
     def missing(self):
         if not self.program.exists():
             return '%s is not built' % self.program
-        return missing_rings() if self.rings else None
+        return why_no_rings() if self.rings else None
 
     def start(self, image, disk, options=()):
         mounted = self.spawn([self.program, image, disk, *mount_options(self.rings, options)], disk, by_signal)
@@ -166,9 +165,7 @@ SIDES = {side.name: side for side in (
 
 
 def mount_options(rings, options):
-    transport = ['io_uring=%s' % ('on' if rings else 'off')] if Imgfuse.has_rings else []
-    words = ','.join([*transport, *options])
-    return ['-o', words] if words else []
+    return ['-o', ','.join(['io_uring=%s' % ('on' if rings else 'off'), *options])]
 
 
 def with_rings(mounted):
@@ -176,12 +173,6 @@ def with_rings(mounted):
     if not has_open(mounted.process.pid, '[io_uring]'):
         raise Failure('%s does without io_uring' % mounted.process.args[0])
     return mounted
-
-
-def missing_rings():
-    if not Imgfuse.has_rings:
-        return 'this imgfuse has no option io_uring'
-    return why_no_rings()
 
 
 def find_programs():
@@ -193,11 +184,3 @@ def find_programs():
         raise Failure('build imgfuse first: tools/quickstart')
     Imgfuse.program = str(program)
     NullFuse.program = program.parents[1] / 'bench/null_fuse'
-    Imgfuse.has_rings = not says('mount', '-o', 'io_uring=off', '/nowhere', '/nowhere', word='unknown option')
-
-
-def says(*arguments, word):
-    """Whether imgfuse answers with this word: how one learns what an older one does not know."""
-    done = subprocess.run([Imgfuse.program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          stdin=subprocess.DEVNULL, check=False)
-    return word in done.stdout

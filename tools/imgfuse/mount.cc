@@ -34,6 +34,7 @@ struct MountRequest {
   OpenOptions open;
   fuse::MountOptions mount;
   std::optional<std::string> overlay;  ///< of the image, which does not change; empty: one without a name
+  DetectZeroes detect_zeroes = DetectZeroes::off;
   bool foreground = false;
   bool fake = false;    ///< mount(8)'s -f: check everything, mount nothing
   bool sloppy = false;  ///< mount(8)'s -s: skip unknown options
@@ -84,9 +85,9 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
     }
     return true;
   }
-  static constexpr std::array<std::string_view, 11> kWithValue = {
-      "format",   "backing_format",   "data_format", "allow_path", "cache",        "metadata_cache",
-      "compress", "compressed_cache", "snapshot",    "data_file",  "detect_zeroes"};
+  static constexpr std::array<std::string_view, 10> kWithValue = {
+      "format",         "backing_format", "data_format",      "allow_path", "cache",
+      "metadata_cache", "compress",       "compressed_cache", "snapshot",   "data_file"};
   if (std::find(kWithValue.begin(), kWithValue.end(), key) == kWithValue.end()) return false;
   if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "format") open.format = value;
@@ -99,9 +100,6 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
   if (key == "cache") {
     IMG_LET(open.cache, parse_cache_mode(value));
   }
-  if (key == "detect_zeroes") {
-    IMG_LET(open.detect_zeroes, parse_detect_zeroes(value));
-  }
   if (key == "compressed_cache") {
     IMG_LET(open.compressed_cache, parse_size(value));
   }
@@ -111,18 +109,26 @@ Result<bool> take_image_option(OpenOptions& open, std::string_view key, const st
   return true;
 }
 
-Result<bool> take_overlay_option(MountRequest& request, std::string_view key, const std::string& value) {
-  if (key == "overlay" && value.empty()) return fail(ErrorCode::invalid, "option -o overlay needs a value");
+/// What is for the disk as it is mounted, whatever image it lies in.
+Result<bool> take_disk_option(MountRequest& request, std::string_view key, const std::string& value) {
+  if (key == "ephemeral") {
+    request.overlay = "";
+    return true;
+  }
+  if (key != "overlay" && key != "detect_zeroes") return false;
+  if (value.empty()) return fail(ErrorCode::invalid, "option -o {} needs a value", key);
   if (key == "overlay") request.overlay = value;
-  if (key == "ephemeral") request.overlay = "";
-  return key == "overlay" || key == "ephemeral";
+  if (key == "detect_zeroes") {
+    IMG_LET(request.detect_zeroes, parse_detect_zeroes(value));
+  }
+  return true;
 }
 
 Result<> take_option_list(MountRequest& request, std::string_view list) {
   return fuse::parse_options(list, request.mount, [&](std::string_view key, const std::string& value) -> Result<bool> {
     IMG_LET(const bool taken, take_image_option(request.open, key, value));
-    IMG_LET(const bool over, take_overlay_option(request, key, value));
-    return taken || over || request.sloppy;
+    IMG_LET(const bool of_disk, take_disk_option(request, key, value));
+    return taken || of_disk || request.sloppy;
   });
 }
 
@@ -200,7 +206,6 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   open.copy_in_background = true;
   // What is for requests is not for what jobs do beside them.
   open.cache = without_write_through(open.cache);
-  open.detect_zeroes = DetectZeroes::off;
   auto opened = open_image(request, subject->image, open);
   if (!opened) return failed(opened.error());
   if (request.fake) {
@@ -211,7 +216,7 @@ int serve(Io& io, const MountRequest& request, fuse::Background& background) {
   auto chain = mounted_chain(opened->options, opened->disk->info().name, opened->path);
   const auto disk = with_jobs(std::move(opened->disk), target_opener(open, subject->image, mountpoint->path), chain);
   if (open.cache != request.open.cache) disk->set_write_through();
-  disk->set_detect_zeroes(request.open.detect_zeroes);
+  disk->set_detect_zeroes(request.detect_zeroes);
   auto session = fuse::Session::mount(*disk, *subject, *mountpoint, request.mount);
   if (!session) {
     const int status = failed(session.error());
