@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <thread>
@@ -11,7 +12,13 @@
 namespace imgfuse::tool {
 namespace {
 
-constexpr auto kPoll = std::chrono::milliseconds(50);
+using Clock = std::chrono::steady_clock;
+
+/// A job that is over is noticed after 3 % of the time that it took, so that short ones do not seem long.
+Clock::duration time_to_next_look(Clock::time_point begin) {
+  return std::clamp<Clock::duration>((Clock::now() - begin) / 32, std::chrono::milliseconds(1),
+                                     std::chrono::milliseconds(50));
+}
 
 volatile sig_atomic_t signals_seen = 0;
 
@@ -57,6 +64,7 @@ Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil un
   ProgressBar bar(io, show);
   const Progress progress = bar.all();
   const Interruptions interruptions;
+  const auto begin = Clock::now();
   bool cancelled = false;
   while (true) {
     IMG_LET(const JobStatus status, status_of(daemon, job));
@@ -67,7 +75,7 @@ Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil un
       cancelled = true;
       (void)daemon.call("job-cancel", {{"job", job}});  // or it is over
     }
-    std::this_thread::sleep_for(kPoll);
+    std::this_thread::sleep_for(time_to_next_look(begin));
   }
 }
 
