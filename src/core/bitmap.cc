@@ -41,12 +41,13 @@ void Bitmap::clear(uint64_t begin, uint64_t end) {
   });
 }
 
-uint64_t Bitmap::find(uint64_t from, uint64_t skipped) const {
-  if (from >= size_) return size_;
+uint64_t Bitmap::find(uint64_t from, uint64_t to, uint64_t skipped) const {
+  assert(to <= size_);
+  if (from >= to) return to;
   uint64_t wanted = (words_[from / 64] ^ skipped) & ~uint64_t{0} << from % 64;
   for (uint64_t word = from / 64;; wanted = words_[word] ^ skipped) {
-    if (wanted != 0) return std::min(size_, word * 64 + static_cast<uint64_t>(std::countr_zero(wanted)));
-    if (++word * 64 >= size_) return size_;
+    if (wanted != 0) return std::min(to, word * 64 + static_cast<uint64_t>(std::countr_zero(wanted)));
+    if (++word * 64 >= to) return to;
   }
 }
 

@@ -59,13 +59,13 @@ void MirrorEngine::unmark(GuestRange range) {
   if (begin < end) dirty_.clear(begin, end);
 }
 
-/// Dirty granules side by side that are not on their way, up to the length of an operation. Empty at the disk's end.
-MirrorEngine::Granules MirrorEngine::next_run(uint64_t from) const {
-  uint64_t begin = dirty_.next_set(from);
-  while (begin < granules_ && in_flight_.test(begin)) begin = dirty_.next_set(in_flight_.next_clear(begin));
-  const uint64_t cut = std::min(granules_, round_down(begin, longest_) + longest_);
-  const uint64_t end = std::min({cut, dirty_.next_clear(begin), in_flight_.next_set(begin)});
-  return {begin, std::max(begin, end)};
+/// Dirty granules side by side that are not on their way, up to the length of an operation. Empty if [from, to) has
+/// none.
+MirrorEngine::Granules MirrorEngine::next_run(uint64_t from, uint64_t to) const {
+  uint64_t begin = dirty_.next_set(from, to);
+  while (begin < to && in_flight_.test(begin)) begin = dirty_.next_set(in_flight_.next_clear(begin, to), to);
+  const uint64_t cut = std::min(to, round_down(begin, longest_) + longest_);
+  return {begin, in_flight_.next_set(begin, dirty_.next_clear(begin, cut))};
 }
 
 MirrorEngine::Granules MirrorEngine::widen(Granules run) const {
@@ -79,7 +79,7 @@ MirrorEngine::Granules MirrorEngine::widen(Granules run) const {
 bool MirrorEngine::find_run(Granules& run) const {
   uint64_t from = cursor_;
   for (bool wrapped = false;;) {
-    run = next_run(from);
+    run = next_run(from, granules_);
     if (run.begin >= granules_) {
       if (wrapped) return false;
       wrapped = true;
@@ -102,9 +102,8 @@ MirrorEngine::Operation* MirrorEngine::start(Time now) {
 
 MirrorEngine::Claim MirrorEngine::claim(GuestRange range, Time now) {
   const Granules wanted = touched(range);
-  Granules run = next_run(wanted.begin);
+  Granules run = next_run(wanted.begin, wanted.end);
   if (run.begin >= wanted.end) return {nullptr, in_flight_.any(wanted.begin, wanted.end)};
-  run.end = std::min(run.end, wanted.end);
   run = widen(run);
   const bool possible = !idle_.empty() && run.end - run.begin <= free_.size() && !in_flight_.any(run.begin, run.end);
   return possible ? Claim{begin(run, now), false} : Claim{nullptr, true};

@@ -110,7 +110,7 @@ class MirrorEngine {
   };
   Granules touched(GuestRange range) const;
   GuestRange range_of(Granules granules) const;
-  Granules next_run(uint64_t from) const;
+  Granules next_run(uint64_t from, uint64_t to) const;
   Granules widen(Granules run) const;
   bool find_run(Granules& run) const;
   Operation* begin(Granules run, Time now);

@@ -31,6 +31,9 @@ TEST_CASE("bitmap: searches and counts as a list of flags does") {
       };
       CHECK(bits.next_set(from) == first(true));
       CHECK(bits.next_clear(from) == first(false));
+      const uint64_t to = rng.between(std::min(from, size), size);
+      CHECK(bits.next_set(from, to) == std::min(first(true), to));
+      CHECK(bits.next_clear(from, to) == std::min(first(false), to));
       if (from < size) CHECK(bits.test(from) == model[from]);
       if (begin < end) {
         CHECK(bits.all(begin, end) == value);
