@@ -1,5 +1,7 @@
 #include "job/mirror_job.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -36,11 +38,29 @@ layer::Counting counting_at_end(JobKind kind) {
   return closes ? layer::Counting::has_ended : layer::Counting::may_go_on;
 }
 
+/// How long the calling thread has been at something.
+class Spell {
+ public:
+  /// It was so for three quarters of the time: what waits for a lock or for its turn on a busy CPU does not count.
+  bool was_spent_waiting() const { return 4 * (cpu_time() - cpu_begin_) < now() - begin_; }
+
+ private:
+  static std::chrono::nanoseconds cpu_time() {
+    timespec time = {};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  }
+
+  const Time begin_ = now();
+  const std::chrono::nanoseconds cpu_begin_ = cpu_time();
+};
+
 }  // namespace
 
 MirrorJob::MirrorJob(uint64_t id, const JobOptions& options, Sides sides)
     : id_(id),
       options_(options),
+      cpus_(std::max(1u, std::thread::hardware_concurrency())),
       sides_(std::move(sides)),
       target_(sides_.target ? *sides_.target : sides_.source),
       changes_(std::make_unique<Changes>(*this)),
@@ -242,19 +262,27 @@ void MirrorJob::leave(layer::Standstill& standstill) {
   parted_ = true;
 }
 
+/// More operations than CPUs help only if they wait for the host. Where all is in its memory they would keep each other
+/// from the file's lock, and their buffers out of the CPUs' caches.
+bool MirrorJob::keeps_cpus_busy() const { return !copies_wait_ && engine_->in_flight() >= cpus_; }
+
 /// A worker.
 void MirrorJob::copy() {
   Lock lock(mutex_);
   while (!dismissed_) {
-    MirrorEngine::Operation* const operation = is_ending() ? nullptr : engine_->start(now());
+    const bool wanted = !is_ending() && !keeps_cpus_busy();
+    MirrorEngine::Operation* const operation = wanted ? engine_->start(now()) : nullptr;
     if (operation == nullptr) {
       wait_for_work(lock);
       continue;
     }
-    if (idle_ > 0) work_.notify_one();  // who wakes the next one
+    if (idle_ > 0 && !keeps_cpus_busy()) work_.notify_one();  // who wakes the next one
     lock.unlock();
+    const Spell spell;
     const Result<> copied = copy(*operation);
+    const bool waited = spell.was_spent_waiting();
     lock.lock();
+    copies_wait_ = waited;
     engine_->finished(*operation, copied.has_value());
     if (copied)
       failures_ = 0;

@@ -17,8 +17,9 @@
 
 namespace imgfuse::job {
 
-/// One thread looks at the disk, waits, and concludes; as many as there may be operations in flight copy. A disk is not
-/// replaced while the file of one of its snapshots is open: that pauses the job.
+/// One thread looks at the disk, waits, and concludes; as many as there may be operations in flight copy, but no more
+/// than there are CPUs as long as none of these waits. A disk is not replaced while the file of one of its snapshots is
+/// open: that pauses the job.
 ///
 ///     running ─► ready ─► concluding ─► completed, finished
 ///        └── paused ──┘       (any) ─► cancelled, failed
@@ -75,6 +76,7 @@ class MirrorJob {
   void leave(layer::Standstill& standstill);
   void copy() EXCLUDES(mutex_);
   Result<> copy(const MirrorEngine::Operation& operation);
+  bool keeps_cpus_busy() const REQUIRES(mutex_);
   void wait_for_work(Lock& lock) REQUIRES(mutex_);
   void close_down() EXCLUDES(mutex_);
 
@@ -97,6 +99,7 @@ class MirrorJob {
 
   const uint64_t id_;
   const JobOptions options_;
+  const unsigned cpus_;
   Sides sides_;
   Disk& target_;
   std::unique_ptr<Disk> unused_;  // when it is over
@@ -118,12 +121,13 @@ class MirrorJob {
   bool ready_ GUARDED_BY(mutex_) = false;
   bool cancelled_ GUARDED_BY(mutex_) = false;
   bool draining_ GUARDED_BY(mutex_) = false;
-  bool dismissed_ GUARDED_BY(mutex_) = false;  // the workers are
-  unsigned idle_ GUARDED_BY(mutex_) = 0;       // workers that wait for a call
-  unsigned waiting_ GUARDED_BY(mutex_) = 0;    // requests that wait for operations
-  unsigned failures_ GUARDED_BY(mutex_) = 0;   // one after the other
-  Time retry_at_ GUARDED_BY(mutex_);           // after an error that is ignored
-  uint64_t copied_ GUARDED_BY(mutex_) = 0;     // when it is over
+  bool dismissed_ GUARDED_BY(mutex_) = false;    // the workers are
+  unsigned idle_ GUARDED_BY(mutex_) = 0;         // workers that wait for a call
+  bool copies_wait_ GUARDED_BY(mutex_) = false;  // the last one did, for the host rather than for a CPU
+  unsigned waiting_ GUARDED_BY(mutex_) = 0;      // requests that wait for operations
+  unsigned failures_ GUARDED_BY(mutex_) = 0;     // one after the other
+  Time retry_at_ GUARDED_BY(mutex_);             // after an error that is ignored
+  uint64_t copied_ GUARDED_BY(mutex_) = 0;       // when it is over
   std::optional<Error> error_ GUARDED_BY(mutex_);
 };
 

@@ -3,7 +3,10 @@
 
 #include <thread>
 
+#include "base/buffer.h"
+#include "base/mutex.h"
 #include "imgfuse/snapshots.h"
+#include "job/mirror_copy.h"
 #include "live.h"
 #include "support/gate_storage.h"
 
@@ -39,6 +42,86 @@ TEST_CASE("mirror job: a disk that ends inside a granule becomes ready too") {
 
   CHECK(live.wait(JobState::finished).state == JobState::finished);
   CHECK(live.status().copied == kOdd);
+  CHECK(content(*live.target()) == content(*live));
+}
+
+/// How much each call of one kind takes or gives, but for those that are too short to be data.
+class Lengths final : public InterceptedStorage {
+ public:
+  Lengths(std::shared_ptr<Storage> inner, Call call) : InterceptedStorage(std::move(inner)), call_(call) {}
+  std::vector<uint64_t> seen;
+
+ private:
+  Result<> before(Call call, HostRange range) override {
+    if (call == call_ && range.length >= 32_KiB) seen.push_back(range.length);
+    return {};
+  }
+  const Call call_;
+};
+
+TEST_CASE("mirror copy: data that lies together is one host read and one host write, however long") {
+  const auto data = pattern(4_MiB);
+  for (const uint64_t cluster_size : {4_KiB, 64_KiB, 1_MiB}) {
+    CAPTURE(cluster_size);
+    const MemImage empty = make_qcow2({.size = 4_MiB, .cluster_size = static_cast<uint32_t>(cluster_size)});
+    auto from = std::make_shared<Lengths>(std::make_shared<MemStorage>(empty), Call::read);
+    auto to = std::make_shared<Lengths>(std::make_shared<MemStorage>(empty), Call::write);
+    const std::unique_ptr<Disk, CloseDisk> source(must(open_image(from, {})).release());
+    const std::unique_ptr<Disk, CloseDisk> target(must(open_image(to, {})).release());
+    must(source->write(GuestOffset(0), data));
+    must(target->write(GuestOffset(4_MiB - 512), pattern(512)));  // whatever has to be made first
+    from->seen.clear();
+    to->seen.clear();
+
+    Buffer buffer(1_MiB);
+    for (uint64_t at = 0; at < 3_MiB; at += 1_MiB)
+      must(job::copy_range(*source, *target, {GuestOffset(at), 1_MiB}, {buffer.bytes()}));
+
+    CHECK(from->seen == std::vector<uint64_t>(3, 1_MiB));
+    CHECK(to->seen == std::vector<uint64_t>(3, 1_MiB));
+    CHECK(read_all(*target, GuestOffset(0), 3_MiB) == read_all(*source, GuestOffset(0), 3_MiB));
+  }
+}
+
+/// Reads wait as on a slow host, until so many do at a time.
+class Gathering final : public InterceptedStorage {
+ public:
+  Gathering(std::shared_ptr<Storage> inner, unsigned wanted) : InterceptedStorage(std::move(inner)), wanted_(wanted) {}
+  unsigned most() const EXCLUDES(mutex_) {
+    const Lock lock(mutex_);
+    return most_;
+  }
+
+ private:
+  Result<> before(Call call, HostRange) override EXCLUDES(mutex_) {
+    if (call != Call::read) return {};
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+    Lock lock(mutex_);
+    most_ = std::max(most_, ++reading_);
+    gathered_.notify_all();
+    while (most_ < wanted_ && std::chrono::steady_clock::now() < end) gathered_.wait_until(lock, end);
+    --reading_;
+    return {};
+  }
+
+  const unsigned wanted_;
+  mutable Mutex mutex_;
+  ConditionVariable gathered_;
+  unsigned reading_ GUARDED_BY(mutex_) = 0;
+  unsigned most_ GUARDED_BY(mutex_) = 0;
+};
+
+TEST_CASE("mirror job: operations that wait for the host become as many as there may be") {
+  JobDisk disk = raw_disk(kSize);
+  must(disk->write(GuestOffset(0), pattern(kSize)));
+  auto slow = std::make_shared<Gathering>(disk.faults, 16);
+  disk.disk.reset(must(raw::open(slow, {})).release());
+  Live live(std::move(disk), raw_disk(kSize));
+
+  live.mirror({.granularity = 4096, .buffer = 64_KiB, .in_flight = 16, .when_ready = WhenReady::finish});
+
+  CHECK(live.wait(JobState::finished).state == JobState::finished);
+  CHECK(slow->most() == 16);
   CHECK(content(*live.target()) == content(*live));
 }
 
