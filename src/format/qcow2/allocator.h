@@ -144,6 +144,7 @@ class Allocator {
   Result<uint64_t> create_block(uint64_t cluster) REQUIRES(search_);
   void extend(uint64_t end) REQUIRES(search_);
   Run countable() EXCLUDES(image_.mutex);
+  bool may_count_ahead() EXCLUDES(search_);
   Result<> count_run(Run run) REQUIRES(search_);
   void cancel(Reservation& reservation) EXCLUDES(image_.mutex);
   void lower(const Refcounts::Slice& slice, uint64_t cluster) REQUIRES(image_.mutex);

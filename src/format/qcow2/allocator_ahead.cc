@@ -78,8 +78,14 @@ Allocator::Run Allocator::countable() {
   return {fresh_from_, durable_end_};
 }
 
+bool Allocator::may_count_ahead() {
+  Lock searching(search_);
+  return ahead_ && paused_ == 0;
+}
+
+/// The mark is made without search_: nobody who allocates waits for its flush.
 void Allocator::count_ahead() {
-  if (countable().empty()) return;
+  if (countable().empty() || !may_count_ahead()) return;
   const Result<> marked = image_.header_writer.set_counts_ahead(true);
   if (!marked && marked.error().code() != ErrorCode::no_space) latch_.set(marked.error());
   Lock searching(search_);

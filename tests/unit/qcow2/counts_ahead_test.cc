@@ -196,6 +196,9 @@ TEST_CASE("counts ahead: a header without room for the mark does without") {
   backing.resize(1_MiB);
   WatchedDisk disk = open_watched(make_qcow2({.cluster_size = 512, .backing = name}), {.backing = backing});
   for (uint64_t i = 0; i < 5; ++i) CHECK(flushes_of(disk, GuestOffset(2_MiB + i * 4096)) >= 2);
+  disk.memory->counts().reset();
+  (void)flushes_of(disk, GuestOffset(2_MiB + 5 * 4096));
+  CHECK(disk.memory->counts().reads == 0);  // it is not tried again
   CHECK_FALSE(counts_ahead(disk));
   must(disk->close());
   check_closed(disk);
