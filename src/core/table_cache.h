@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -78,8 +79,8 @@ class TableCache {
 
   /// What `look(content)` returns, if the table is here; it calls nothing of the cache. With the metadata lock held, at
   /// least shared. Excludes nobody who does the same.
-  template <class Look>
-  auto look_at(HostOffset offset, Look look) const EXCLUDES(mutex_) -> std::optional<decltype(look(ConstBytes()))> {
+  template <class Look, class Seen = std::invoke_result_t<Look, ConstBytes>>
+  std::optional<Seen> look_at(HostOffset offset, Look look) const EXCLUDES(mutex_) {
     SharedLock lock(mutex_);
     const auto found = by_offset_.find(offset.bytes());
     if (found == by_offset_.end() || found->second->loading || found->second->load_error) return std::nullopt;
