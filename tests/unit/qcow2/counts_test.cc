@@ -86,8 +86,8 @@ TEST_CASE("qcow2: a 4 KiB read of an allocated cluster is one host read and allo
     }
 
     CHECK(allocations == before);
-    CHECK(exclusive == 0);         // lookups share the metadata
-    CHECK(mutexes == 0);  // and leases do not need the list of them
+    CHECK(exclusive == 0);  // lookups share the metadata
+    CHECK(mutexes == 0);    // and leases do not need the list of them
     CHECK(f.memory->counts().reads == 100);
     CHECK(f.memory->counts().bytes_read == 100 * 4096);
   }
