@@ -55,13 +55,14 @@ Result<> Map::check_table(L1Entry l1, uint64_t index) const {
               index, l1.table().bytes(), g.cluster_size);
 }
 
-/// A table past the end would read as zeros: a file that was cut off would look like an empty disk.
-Result<> Map::check_in_file(L1Entry l1, uint64_t index) const {
+/// The slice with the entry of `guest`. A table past the end would read as zeros: a file that was cut off would look
+/// like an empty disk. So no such slice comes into the cache.
+Result<TableCache::Pin> Map::load_slice(L1Entry l1, GuestOffset guest) const {
   IMG_LET(const uint64_t file_size, image_.storage.size());
-  if (l1.table().bytes() < file_size) return {};
+  if (l1.table().bytes() < file_size) return image_.tables.pin(place(l1, guest).offset);
   image_.damaged = true;
-  return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, past the end of the file ({:#x})", index,
-              l1.table().bytes(), file_size);
+  return fail(ErrorCode::corrupt, "L1 entry {} points at {:#x}, past the end of the file ({:#x})",
+              image_.geometry.l1_index(guest), l1.table().bytes(), file_size);
 }
 
 Result<> Map::check_entry(L2Entry entry, GuestOffset guest) const {
@@ -126,11 +127,9 @@ auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(not
   for (;;) {  // the slice has to be loaded
     IMG_LET(const L1Entry l1, l1_entry(guest));
     if (!l1.present()) return nothing();
-    IMG_TRY(check_in_file(l1, l1_index));
-    const SlicePlace where = place(l1, guest);
-    IMG_LET(const TableCache::Pin slice, image_.tables.pin(where.offset));
+    IMG_LET(const TableCache::Pin slice, load_slice(l1, guest));
     SharedLock lock(image_.mutex);
-    if (L1Entry{l1_[l1_index]} == l1) return look(slice.content(), where.first_index, l1);
+    if (L1Entry{l1_[l1_index]} == l1) return look(slice.content(), place(l1, guest).first_index, l1);
     // The table was copied while its slice was loaded: look again.
   }
 }
@@ -277,8 +276,7 @@ Result<TableCache::Pin> Map::writable_slice(GuestOffset guest) {
       IMG_TRY(make_table(l1_index));
       continue;
     }
-    IMG_TRY(check_in_file(l1, l1_index));
-    IMG_LET(TableCache::Pin slice, image_.tables.pin(place(l1, guest).offset));
+    IMG_LET(TableCache::Pin slice, load_slice(l1, guest));
     SharedLock lock(image_.mutex);
     if (L1Entry{l1_[l1_index]} == l1) return slice;
   }
@@ -521,7 +519,7 @@ Result<bool> Map::count_next(uint64_t size) {
     next = GuestOffset(counted_);
   }
   IMG_LET(const L1Entry l1, l1_entry(next));
-  IMG_LET(const TableCache::Pin slice, image_.tables.pin(place(l1, next).offset));
+  IMG_LET(const TableCache::Pin slice, load_slice(l1, next));
   ExclusiveLock lock(image_.mutex);
   if (L1Entry{l1_[g.l1_index(next)]} != l1) return true;  // copied meanwhile: the next call looks again
   const ConstBytes entries = slice.content();

@@ -113,7 +113,7 @@ class Map {
   SlicePlace place(L1Entry l1, GuestOffset guest) const;
   Result<L1Entry> l1_entry(GuestOffset guest) const;
   Result<> check_table(L1Entry l1, uint64_t index) const REQUIRES_SHARED(image_.mutex);
-  Result<> check_in_file(L1Entry l1, uint64_t index) const EXCLUDES(image_.mutex);
+  Result<TableCache::Pin> load_slice(L1Entry l1, GuestOffset guest) const EXCLUDES(image_.mutex);
   Result<> check_entry(L2Entry entry, GuestOffset guest) const REQUIRES_SHARED(image_.mutex);
   Result<Mapping> read_run(ConstBytes slice, uint64_t index, GuestRange range) const REQUIRES_SHARED(image_.mutex);
   Result<WriteRun> write_run(ConstBytes slice, uint64_t index, GuestRange range, bool table_copied) const

@@ -1,6 +1,8 @@
 // Shrinking, and growing with preallocation.
 #include <doctest/doctest.h>
 
+#include <atomic>
+
 #include "base/endian.h"
 #include "imgfuse/snapshots.h"
 #include "qemu.h"
@@ -274,6 +276,22 @@ TEST_CASE("qcow2: placing a long L1 table may fail at any call") {
         break;
       }
     }
+}
+
+TEST_CASE("qcow2: a table past the end of the file is an error, whoever looked for it before") {
+  const auto memory = std::make_shared<MemStorage>(make_qcow2({}));
+  auto disk = must(open_qcow2(memory));
+  must(disk->write(GuestOffset(0), pattern(4096)));
+  must(disk->close());
+  be<uint64_t> l1, entry(uint64_t{1} << 63 | uint64_t{1} << 45);
+  must(memory->read(HostOffset(40), std::as_writable_bytes(std::span(&l1, 1))));
+  must(memory->write(HostOffset(l1), std::as_bytes(std::span(&entry, 1))));
+
+  disk = must(open_qcow2(memory, {.read_only = true}));
+  CHECK_FALSE(disk->count_allocated(std::atomic<bool>(false)));
+  std::vector<std::byte> bytes(512);
+  CHECK_FALSE(disk->read(GuestOffset(0), bytes));
+  must(disk->close());
 }
 
 TEST_CASE("qcow2: damage met by a request marks the image corrupt; reads go on, writes end") {
