@@ -29,8 +29,7 @@ class Store:
         if not path.exists():
             half = self.folder / ('half-' + name)
             make(half)
-            # The kernel reads it again, in the same large pieces whoever wrote it: these decide what a write costs later.
-            drop_pages(half)
+            drop_pages(half)  # of sizes that depend on who wrote it; see load_pages()
             half.rename(path)
         return path
 
