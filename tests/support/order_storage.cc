@@ -352,8 +352,8 @@ bool OrderStorage::may_show_early(const Reference& reference, uint64_t part) con
   const uint64_t size = view_->part_size();
   const uint64_t begin = (reference.cluster * view_->parts() + part) * size;
   const bool was_zeros = std::none_of(possible_.begin(), possible_.end(), [&](const Reference& other) REQUIRES(mutex_) {
-    const bool copied = other.is_stream() || least_.at(other.cluster) != 1;
-    return other.owner == reference.owner && other.shown != 0 && copied;
+    if (other.owner != reference.owner) return false;
+    return other.is_stream() || (other.shown != 0 && least_.at(other.cluster) != 1);
   });
   return shows_zeros_ && was_zeros && begin + size <= durable_.size() && reads_zero(durable_, begin, size);
 }

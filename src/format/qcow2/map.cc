@@ -102,8 +102,12 @@ Map::SlicePlace Map::place(L1Entry l1, GuestOffset guest) const {
 }
 
 Result<L1Entry> Map::l1_entry(GuestOffset guest) const {
-  const uint64_t index = image_.geometry.l1_index(guest);
   SharedLock lock(image_.mutex);
+  return l1_entry_locked(guest);
+}
+
+Result<L1Entry> Map::l1_entry_locked(GuestOffset guest) const {
+  const uint64_t index = image_.geometry.l1_index(guest);
   if (index >= l1_.size()) return L1Entry{};
   const L1Entry entry{l1_[index]};
   IMG_TRY(check_table(entry, index));
@@ -112,12 +116,9 @@ Result<L1Entry> Map::l1_entry(GuestOffset guest) const {
 
 template <class Look, class Nothing>
 auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(nothing()) {
-  const uint64_t l1_index = image_.geometry.l1_index(guest);
   {
     SharedLock lock(image_.mutex);
-    if (l1_index >= l1_.size()) return nothing();
-    const L1Entry l1{l1_[l1_index]};
-    IMG_TRY(check_table(l1, l1_index));
+    IMG_LET(const L1Entry l1, l1_entry_locked(guest));
     if (!l1.present()) return nothing();
     const SlicePlace where = place(l1, guest);
     auto found =
@@ -129,7 +130,7 @@ auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(not
     if (!l1.present()) return nothing();
     IMG_LET(const TableCache::Pin slice, load_slice(l1, guest));
     SharedLock lock(image_.mutex);
-    if (L1Entry{l1_[l1_index]} == l1) return look(slice.content(), place(l1, guest).first_index, l1);
+    if (L1Entry{l1_[image_.geometry.l1_index(guest)]} == l1) return look(slice.content(), place(l1, guest).first_index, l1);
     // The table was copied while its slice was loaded: look again.
   }
 }

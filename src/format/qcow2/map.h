@@ -111,7 +111,8 @@ class Map {
     uint64_t first_index;  // in the slice, of the guest cluster asked for
   };
   SlicePlace place(L1Entry l1, GuestOffset guest) const;
-  Result<L1Entry> l1_entry(GuestOffset guest) const;
+  Result<L1Entry> l1_entry(GuestOffset guest) const EXCLUDES(image_.mutex);
+  Result<L1Entry> l1_entry_locked(GuestOffset guest) const REQUIRES_SHARED(image_.mutex);
   Result<> check_table(L1Entry l1, uint64_t index) const REQUIRES_SHARED(image_.mutex);
   Result<TableCache::Pin> load_slice(L1Entry l1, GuestOffset guest) const EXCLUDES(image_.mutex);
   Result<> check_entry(L2Entry entry, GuestOffset guest) const REQUIRES_SHARED(image_.mutex);
