@@ -57,6 +57,17 @@ class HeldRanks {
   static inline thread_local uint8_t counts_[kRanks] = {};
 };
 
+/// Tells the CPU that the caller looks at the same memory again and again.
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// What is never held across I/O is free again sooner than a thread has gone to sleep and come back: a lock of that kind
+/// is tried for a while before its holder is waited for.
 template <class Native>
 class CAPABILITY("mutex") RankedMutex {
  public:
@@ -64,7 +75,7 @@ class CAPABILITY("mutex") RankedMutex {
 
   void lock() ACQUIRE() {
     HeldRanks::take(rank_);
-    mutex_.lock();
+    if (!spin([this] { return mutex_.try_lock(); })) mutex_.lock();
   }
   void unlock() RELEASE() {
     mutex_.unlock();
@@ -72,7 +83,7 @@ class CAPABILITY("mutex") RankedMutex {
   }
   void lock_shared() ACQUIRE_SHARED() {
     HeldRanks::take(rank_);
-    mutex_.lock_shared();
+    if (!spin([this] { return mutex_.try_lock_shared(); })) mutex_.lock_shared();
   }
   void unlock_shared() RELEASE_SHARED() {
     mutex_.unlock_shared();
@@ -80,6 +91,19 @@ class CAPABILITY("mutex") RankedMutex {
   }
 
  private:
+  /// Some microseconds at most.
+  static constexpr int kTries = 100;
+
+  template <class Try>
+  bool spin(Try taken) const {
+    const int tries = rank_ < LockRank::metadata ? 0 : kTries;
+    for (int i = 0; i < tries; ++i) {
+      if (taken()) return true;
+      pause_cpu();
+    }
+    return false;
+  }
+
   Native mutex_;
   const LockRank rank_;
 };
@@ -101,8 +125,10 @@ class WriterFirstMutex {
   WriterFirstMutex& operator=(const WriterFirstMutex&) = delete;
 
   void lock() { pthread_rwlock_wrlock(&lock_); }
+  bool try_lock() { return pthread_rwlock_trywrlock(&lock_) == 0; }
   void unlock() { pthread_rwlock_unlock(&lock_); }
   void lock_shared() { pthread_rwlock_rdlock(&lock_); }
+  bool try_lock_shared() { return pthread_rwlock_tryrdlock(&lock_) == 0; }
   void unlock_shared() { pthread_rwlock_unlock(&lock_); }
 
  private:

@@ -40,10 +40,20 @@ int __wrap_pthread_mutex_lock(pthread_mutex_t* mutex) {
   ++mutexes;
   return __real_pthread_mutex_lock(mutex);
 }
+int __real_pthread_mutex_trylock(pthread_mutex_t* mutex);
+int __wrap_pthread_mutex_trylock(pthread_mutex_t* mutex) {
+  ++mutexes;
+  return __real_pthread_mutex_trylock(mutex);
+}
 int __real_pthread_rwlock_wrlock(pthread_rwlock_t* lock);
 int __wrap_pthread_rwlock_wrlock(pthread_rwlock_t* lock) {
   ++exclusive;
   return __real_pthread_rwlock_wrlock(lock);
+}
+int __real_pthread_rwlock_trywrlock(pthread_rwlock_t* lock);
+int __wrap_pthread_rwlock_trywrlock(pthread_rwlock_t* lock) {
+  ++exclusive;
+  return __real_pthread_rwlock_trywrlock(lock);
 }
 }
 void* operator new(size_t size) { return count_and_allocate(size); }
