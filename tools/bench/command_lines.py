@@ -5,9 +5,9 @@ import subprocess
 import time
 
 import images
-from host import MiB, run, use_pages
+from host import Failure, MiB, run, use_pages
 from qmp import blockdev_mirror
-from results import Sample
+from results import Sample, Wanted
 from rounds import Line
 from sides import OURS, SIDES, Imgfuse
 from workloads import fio
@@ -75,11 +75,16 @@ class MirrorLine(Line):
     """Of an idle disk, from the program's start to its end; qemu-img converts the same image, which nobody has open."""
 
     def __init__(self, name, format):
-        super().__init__(name, 'MB/s', (OURS, QEMU_IMG, BLOCKDEV_MIRROR), rounds=ROUNDS, cost=1.5)
+        super().__init__(name, 'MB/s', (OURS, QEMU_IMG, BLOCKDEV_MIRROR), cost=3.5,
+                         wanted=(Wanted(OURS, QEMU_IMG, 1), Wanted(OURS, BLOCKDEV_MIRROR, 1.2)))
         self.format = format
 
+    def begin(self, bench, sides):
+        if 2.5 * bench.store.mirrored * MiB > shutil.disk_usage(bench.store.memory).free:
+            raise Failure('%s has no room for two images of %d MiB' % (bench.store.memory.parent, bench.store.mirrored))
+
     def measure(self, bench, side):
-        source, target = images.mirror_source(bench.store), bench.store.anew('target')
+        source, target = images.mirror_source(bench.store), bench.store.memory / 'target'
         run('qemu-img', 'create', '-q', '-f', self.format, target, '%dM' % bench.store.mirrored)
         mounted = SIDES[OURS].start(source, bench.folder / 'mirrored') if side == OURS else None
         seconds = timed({
@@ -103,7 +108,7 @@ class MirrorLatencyLine(Line):
         self.mounted = None
 
     def begin(self, bench, sides):
-        self.mounted = SIDES[OURS].start(images.mirror_source(bench.store), bench.folder / 'mirrored')
+        self.mounted = SIDES[OURS].start(images.busy_source(bench.store), bench.folder / 'mirrored')
 
     def measure(self, bench, side):
         target = bench.store.anew('target')
@@ -111,7 +116,7 @@ class MirrorLatencyLine(Line):
             run(Imgfuse.program, 'mirror', self.mounted.disk, target)
         latency = fio(self.mounted.disk, '--direct=1', '--rw=randwrite', '--bs=4k', '--iodepth=1', '--ioengine=psync',
                       '--rate_iops=500', '--time_based', '--runtime=%dms' % (1000 * bench.seconds),
-                      '--size=%dM' % bench.store.mirrored, '--norandommap').latency
+                      '--size=%dM' % bench.store.busy, '--norandommap').latency
         if side == self.beside:
             run(Imgfuse.program, 'mirror', self.mounted.disk, '--cancel')
         return Sample(latency * 1e6)
@@ -127,12 +132,11 @@ class MirrorConvergenceLine(Line):
         super().__init__(name, 's', (OURS,), less_is_better=True, rounds=ROUNDS, cost=3)
 
     def measure(self, bench, side):
-        source, target = bench.folder / 'busy.qcow2', bench.store.anew('target')
-        shutil.copy(images.mirror_source(bench.store), source)
-        mounted = SIDES[OURS].start(source, bench.folder / 'busy')
+        target = bench.store.anew('target')
+        mounted = SIDES[OURS].start(images.busy_source(bench.store), bench.folder / 'mirrored')
         guest = subprocess.Popen(['fio', '--name=bench', '--filename=%s' % mounted.disk, '--direct=1', '--rw=randwrite',
                                   '--bs=4k', '--iodepth=8', '--ioengine=libaio', '--rate_iops=2000', '--time_based',
-                                  '--runtime=600', '--size=%dM' % bench.store.mirrored, '--norandommap'],
+                                  '--runtime=600', '--size=%dM' % bench.store.busy, '--norandommap'],
                                  stdout=subprocess.DEVNULL, cwd=bench.folder)
         try:
             seconds = timed(lambda: run(Imgfuse.program, 'mirror', mounted.disk, target, '--complete', '--granularity',

@@ -13,14 +13,15 @@ PLACES = 4096  # of 4 KiB with data, in an image that is mostly empty
 
 
 class Store:
-    """A folder of images, which are made once. Sizes in MiB."""
+    """A folder of images, which are made once, and another one in memory. Sizes in MiB."""
 
-    def __init__(self, folder, quick):
-        self.folder = folder
+    def __init__(self, folder, memory, quick):
+        self.folder, self.memory = folder, memory
         self.hot = 64 if quick else 512  # random data in the image that is read and overwritten
         self.packed = 48 if quick else 96  # data of programs and libraries, compressed
         self.converted = 96 if quick else 192  # data in an image that is converted
-        self.mirrored = 128 if quick else 512
+        self.mirrored = 128 if quick else 4096  # in memory
+        self.busy = 128 if quick else 512  # mirrored beside a guest
         self.used = 48 if quick else 384  # pages that work on a new image needs
 
     def once(self, name, make):
@@ -182,14 +183,25 @@ def conversion_source(store, name):
 
 
 def mirror_source(store):
-    def make(path):
-        raw = store.anew('mirrored.raw')
-        with open(raw, 'wb') as file:
-            for _ in range(store.mirrored):
-                file.write(os.urandom(MiB))
-        qemu_img_convert(raw, path, 'qcow2')
-        raw.unlink()
-    return store.once('mirrored.qcow2', make)
+    """In memory: the host's disk would be what is measured."""
+    path = store.memory / 'mirrored.qcow2'
+    if not path.exists():
+        write_random(path, store.mirrored)
+    return path
+
+
+def busy_source(store):
+    return store.once('busy.qcow2', lambda half: write_random(half, store.busy))
+
+
+def write_random(path, mib):
+    """An image in which everything is allocated."""
+    raw = path.with_suffix('.raw')
+    with open(raw, 'wb') as file:
+        for _ in range(mib):
+            file.write(os.urandom(MiB))
+    qemu_img_convert(raw, path, 'qcow2')
+    raw.unlink()
 
 
 def mib_of(path):
