@@ -34,10 +34,14 @@ Result<uint64_t> LiveDisk::start(const JobOptions& options) {
   IMG_TRY(job::check_options(options, size()));
   IMG_TRY(begin_starting());
   auto id = start_job(options);
+  end_starting();
+  return id;
+}
+
+void LiveDisk::end_starting() {
   const Lock lock(mutex_);
   starting_ = false;
   started_.notify_all();
-  return id;
 }
 
 Result<uint64_t> LiveDisk::start_job(JobOptions options) {
@@ -56,10 +60,13 @@ Result<uint64_t> LiveDisk::start_job(JobOptions options) {
 }
 
 int LiveDisk::share_host_file() {
-  const Lock lock(mutex_);
-  if (starting_ || job_) return -1;
-  const int file = disk_->share_host_file();
-  shared_ = file >= 0;
+  if (!begin_starting()) return -1;
+  const int file = served().share_host_file();
+  {
+    const Lock lock(mutex_);
+    shared_ = file >= 0;
+  }
+  end_starting();
   return file;
 }
 

@@ -54,6 +54,7 @@ class LiveDisk final : public layer::Switch, private Jobs {
   Result<> with(uint64_t id, const std::function<Result<>(MirrorJob&)>& call) const EXCLUDES(mutex_);
   std::shared_ptr<MirrorJob> current() const EXCLUDES(mutex_);
   Result<> begin_starting() EXCLUDES(mutex_);
+  void end_starting() EXCLUDES(mutex_);
   Result<uint64_t> start_job(JobOptions options);
   void remember(std::shared_ptr<MirrorJob> job) EXCLUDES(mutex_);
   std::unique_ptr<Disk> adopt(std::unique_ptr<Disk> disk) EXCLUDES(mutex_);

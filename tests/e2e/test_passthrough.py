@@ -5,7 +5,7 @@ import re
 import subprocess
 import unittest
 
-from harness import IMGFUSE, MiB, ImageCase, attempt, pattern, run, wait_until
+from harness import IMGFUSE, MiB, ImageCase, attempt, pattern, punch_hole, run, wait_until
 from test_snapshots import Control, socket_of
 
 READING, WRITING = ('pread64', 'preadv', 'preadv2'), ('pwrite64', 'pwritev', 'pwritev2')
@@ -102,17 +102,82 @@ class Passthrough(ImageCase):
         self.assertIn('for jobs, mount it without -o passthrough', outcome.err)
         mount.unmount()
 
-    def test_a_raw_data_file_passes_through_when_it_is_only_read(self):
-        image, data = self.path('disk.qcow2'), self.path('disk.data')
-        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', 'data_file=%s,data_file_raw=on' % data, image, '8M')
+    def with_raw_data(self):
+        image = self.path('disk.qcow2')
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', 'data_file=%s,data_file_raw=on' % self.path('disk.data'), image,
+            '8M')
         run('qemu-io', '-f', 'qcow2', '-c', 'write -P 7 1M 1M', image)
+        return image
+
+    def test_a_raw_data_file_that_is_only_read_passes_through(self):
+        image = self.with_raw_data()
         mount = self.mount(image, '-r', '-o', 'passthrough')
         self.assertTrue(self.passes_through(mount))
         self.assertEqual(mount.disk.read_bytes(), bytes(MiB) + b'\7' * MiB + bytes(6 * MiB))
         mount.unmount()
+
+    def test_a_raw_data_file_is_written_by_the_kernel_alone(self):
+        image = self.with_raw_data()
+        mount = self.mount(image, '-o', 'passthrough')
+        self.assertTrue(self.passes_through(mount))
+        data = pattern(2 * MiB, 1)
+        fd = mount.open()
+        self.assertEqual(self.calls(mount, READING + WRITING, lambda: os.pwrite(fd, data, 3 * MiB - 512)), 0)
+        self.assertGreaterEqual(self.calls(mount, ('fsync', 'fdatasync'), lambda: os.fsync(fd)), 1)
+        punch_hole(fd, MiB, MiB)
+        os.pwrite(fd, b'in the hole', MiB + 100)
+        os.truncate(mount.disk, 12 * MiB)
+        os.pwrite(fd, data, 10 * MiB)
+        shown = mount.disk.read_bytes()
+        os.close(fd)
+        mount.unmount()
+        self.assertEqual(shown[:3 * MiB - 512], bytes(MiB + 100) + b'in the hole' + bytes(2 * MiB - 111 - 512))
+        self.assertEqual((shown[3 * MiB - 512:][:2 * MiB], shown[10 * MiB:]), (data, data))
+        self.assertEqual(self.path('disk.data').read_bytes(), shown)
+        run('qemu-img', 'compare', '-f', 'qcow2', '-F', 'raw', image, self.path('disk.data'))
+        self.assert_clean(image)
+
+    def test_a_raw_data_file_whose_changes_are_recorded_comes_through_us(self):
+        image = self.with_raw_data()
+        run('qemu-img', 'bitmap', '--add', image, 'changes')
         mount = self.mount(image, '-o', 'passthrough')
         self.assertFalse(self.passes_through(mount))
         mount.unmount()
+        run('qemu-img', 'bitmap', '--remove', image, 'changes')
+        mount = self.mount(image, '-o', 'passthrough')
+        self.assertTrue(self.passes_through(mount))
+        outcome = attempt(IMGFUSE, 'bitmap', 'add', mount.point, 'changes')
+        self.assertEqual(outcome.status, 1, outcome)
+        self.assertIn('for bitmaps, mount it without -o passthrough', outcome.err)
+        mount.unmount()
+
+    def test_a_raw_data_file_with_clusters_of_zeros_comes_through_us(self):
+        image = self.with_raw_data()
+        run('qemu-io', '-f', 'qcow2', '-c', 'write -z -u 2M 64k', image)
+        mount = self.mount(image, '-o', 'passthrough')
+        self.assertFalse(self.passes_through(mount))
+        mount.unmount()
+
+    def test_the_data_file_of_an_fvd_image_passes_through_if_nothing_else_is_needed(self):
+        data, text = self.raw('disk.data', 8 * MiB), pattern(2 * MiB, 1)
+        image = self.new('disk.fvd', '8M', '-o', 'data_file=disk.data')
+        mount = self.mount(image, '-o', 'passthrough')
+        self.assertTrue(self.passes_through(mount))
+        with open(mount.disk, 'r+b') as file:
+            file.seek(MiB)
+            self.assertEqual(self.calls(mount, READING + WRITING, lambda: (file.write(text), file.flush())), 0)
+        mount.unmount()
+        self.assertEqual(data.read_bytes(), bytes(MiB) + text + bytes(5 * MiB))
+        self.assert_clean(image)
+
+    def test_an_fvd_image_that_needs_metadata_comes_through_us(self):
+        base = self.raw('base', MiB)
+        for name, options in (('table.fvd', ('-o', 'data_file=disk.data,compact_image=on')), ('one.fvd', ()),
+                              ('base.fvd', ('-o', 'data_file=disk.data', '-b', base, '-F', 'raw'))):
+            self.raw('disk.data', 8 * MiB)
+            mount = self.mount(self.new(name, '8M', *options), '-o', 'passthrough')
+            self.assertFalse(self.passes_through(mount))
+            mount.unmount()
 
     def test_what_cannot_pass_through_is_served_as_ever(self):
         for image in (self.qcow2(), self.raw(size=MiB)):

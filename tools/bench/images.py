@@ -97,6 +97,20 @@ def full(store, side, format):
     return path
 
 
+def raw_data(store, side, format):
+    """The same, with the data in a raw file of their own."""
+    if format == 'raw':
+        return full(store, side, format)
+    data = store.folder / ('raw-data-%s.data' % side)
+
+    def make(path):
+        qemu_img_convert(store.random_raw(), path, format, '-o', 'data_file=%s,data_file_raw=on' % data)
+        drop_pages(data)
+    path = store.once('raw-data-%s.%s' % (side, format), make)
+    load_pages(data)
+    return path
+
+
 def packed(compression):
     def make(store, side, format):
         options = ('-c', '-o', 'compression_type=' + compression)

@@ -76,6 +76,13 @@ Result<> FvdDisk::start(const BackingOpener& open_backing) {
   return {};
 }
 
+/// A data file without a table and without a base, which has each byte at its own offset and needs no metadata.
+int FvdDisk::share_host_file() {
+  if (header_.compact || header_.uses_base() || header_.data_start() != 0) return -1;
+  if (!read_only_ && !ensure_length(do_size())) return -1;
+  return data_->size() == do_size() ? data_->share_file() : -1;
+}
+
 DiskInfo FvdDisk::do_info() const {
   const uint64_t block = header_.block_size != 0 && header_.uses_base() ? header_.block_size : kPage;
   const bool whole_chunks = header_.compact && header_.chunk_size <= std::numeric_limits<uint32_t>::max();

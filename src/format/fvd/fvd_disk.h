@@ -28,6 +28,8 @@ class FvdDisk final : public Disk, private Flusher::Client {
   /// Loads the map, opens the base, and brings a writable image that was not closed cleanly in order.
   Result<> start(const BackingOpener& open_backing);
 
+  int share_host_file() override;
+
   DiskStatistics statistics() const override { return {.flush_cycles = flusher_.cycles()}; }
 
  private:

@@ -247,10 +247,20 @@ Result<> DirtyBitmaps::check_new(const std::string& name, uint64_t granularity) 
   return check_fits(size_, static_cast<unsigned>(std::countr_zero(granularity)));
 }
 
+bool DirtyBitmaps::stop_watching() {
+  Lock lock(mutex_);
+  if (recording_.empty()) watching_ = false;
+  return !watching_;
+}
+
 Result<> DirtyBitmaps::add(const std::string& name, uint64_t granularity) {
   IMG_TRY(check_change());
   const auto lease = ranges_.exclusive(kEverything);
   Lock lock(mutex_);
+  if (!watching_)
+    return fail(ErrorCode::unsupported,
+                "the kernel writes the data file of {} by itself: for bitmaps, mount it without -o passthrough",
+                image_.storage.info().name);
   IMG_TRY(check_new(name, granularity));
   Bitmap bitmap;
   bitmap.entry.name = name;

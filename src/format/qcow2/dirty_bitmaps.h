@@ -39,6 +39,9 @@ class DirtyBitmaps final : public Bitmaps {
   void record(GuestRange range) {
     for (BitmapBits* bits : recording_) bits->set(range);
   }
+  /// From here on the guest's data may change without a word: no bitmap can be added that would record it. False if there
+  /// is one. Under an exclusive lease on everything.
+  bool stop_watching() EXCLUDES(mutex_);
   /// The disk has another size. What it gains counts as changed. Under an exclusive lease on everything.
   void resize(uint64_t size) EXCLUDES(mutex_);
 
@@ -97,6 +100,7 @@ class DirtyBitmaps final : public Bitmaps {
   uint64_t size_ GUARDED_BY(mutex_) = 0;   // of the disk
   HostRange directory_ GUARDED_BY(mutex_);
   std::vector<Bitmap> bitmaps_ GUARDED_BY(mutex_);
+  bool watching_ GUARDED_BY(mutex_) = true;           // every change is recorded
   size_t stored_count_ GUARDED_BY(mutex_) = 0;        // bitmaps in the directory
   std::vector<uint64_t> removed_ GUARDED_BY(mutex_);  // clusters of bitmaps that were removed
   bool any_removed_ GUARDED_BY(mutex_) = false;

@@ -96,6 +96,25 @@ Result<> Qcow2Disk::clear_autoclear_bits() {
   return storage_->flush();
 }
 
+/// A raw data file; and where it may be written, no write may change an entry, now or ever: nothing takes away entries
+/// of a raw data file, and what a growth adds has them.
+int Qcow2Disk::share_host_file() {
+  if (!raw_data_ || !snapshots_) return -1;
+  if (read_only_) return data_->share_file();
+  const auto lease = ranges_.exclusive({GuestOffset(0), std::numeric_limits<uint64_t>::max()});
+  const Result<bool> linked = is_linked({GuestOffset(0), do_size()});
+  return linked && *linked && bitmaps_.stop_watching() ? data_->share_file() : -1;
+}
+
+Result<bool> Qcow2Disk::is_linked(GuestRange range) {
+  while (!range.empty()) {
+    IMG_LET(const WriteRun run, map_.plan_write(range));
+    if (!run.linked) return false;
+    range = {range.begin + run.length, range.length - run.length};
+  }
+  return true;
+}
+
 DiskInfo Qcow2Disk::do_info() const {
   return {.name = storage_->info().name,
           .format = "qcow2",

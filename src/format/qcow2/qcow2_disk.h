@@ -32,7 +32,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
 
   Snapshots* snapshots() override { return snapshots_.get(); }
   Bitmaps* bitmaps() override { return snapshots_ ? &bitmaps_ : nullptr; }  // they are the active disk's
-  int share_host_file() override { return raw_data_ && read_only_ && snapshots_ ? data_->share_file() : -1; }
+  int share_host_file() override;
 
   DiskStatistics statistics() const override;
 
@@ -105,6 +105,7 @@ class Qcow2Disk final : public Disk, private Flusher::Client {
   Result<> write_out();
   Result<> clear_autoclear_bits();
   Result<> open_data(const DataFileOpener& open_data_file);
+  Result<bool> is_linked(GuestRange range);
   Result<> grow(uint64_t old_size, uint64_t size, Preallocation preallocation);
   Result<> shrink(uint64_t size);
   Result<> fill_with_zeroes(GuestRange range);
