@@ -66,8 +66,8 @@ inline void pause_cpu() {
 #endif
 }
 
-/// What is never held across I/O is free again sooner than a thread has gone to sleep and come back: a lock of that kind
-/// is tried for a while before its holder is waited for.
+/// What is never held across I/O is free again sooner than a thread has gone to sleep and come back: a lock of that
+/// kind is tried for a while before its holder is waited for.
 template <class Native>
 class CAPABILITY("mutex") RankedMutex {
  public:

@@ -39,8 +39,8 @@ class DirtyBitmaps final : public Bitmaps {
   void record(GuestRange range) {
     for (BitmapBits* bits : recording_) bits->set(range);
   }
-  /// From here on the guest's data may change without a word: no bitmap can be added that would record it. False if there
-  /// is one. Under an exclusive lease on everything.
+  /// From here on the guest's data may change without a word: no bitmap can be added that would record it. False if
+  /// there is one. Under an exclusive lease on everything.
   bool stop_watching() EXCLUDES(mutex_);
   /// The disk has another size. What it gains counts as changed. Under an exclusive lease on everything.
   void resize(uint64_t size) EXCLUDES(mutex_);
