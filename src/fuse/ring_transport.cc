@@ -37,13 +37,26 @@ constexpr rlim_t kOtherFiles = 64;
 /// An answer of so many bytes is not kept back until those behind it are made.
 constexpr uint32_t kLarge = 64 << 10;
 
-/// Answers it, and says whether that took so long that it must have waited for a disk.
-bool answer_timed(fuse_session* session, RingEntry& entry) {
+/// How it is told that an answer had to wait for a disk: it took long; and, for one more system call, that the thread
+/// slept, rather than lost its CPU to another one.
+enum class Watch { time, sleep };
+
+/// How often the calling thread has given its CPU away since it waited for something.
+long times_slept() {
+  rusage usage = {};
+  ::getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_nvcsw;
+}
+
+/// Answers it, and says whether that had to wait for a disk.
+bool answer_watched(fuse_session* session, RingEntry& entry, Watch watch) {
   constexpr auto kLong = std::chrono::microseconds(300);
+  const long slept = watch == Watch::sleep ? times_slept() : 0;
   const auto begun = Clock::now();
   const auto per_byte = std::chrono::nanoseconds(entry.length());
   entry.answer(session);
-  return Clock::now() - begun > kLong + per_byte;
+  if (Clock::now() - begun <= kLong + per_byte) return false;
+  return watch == Watch::time || times_slept() != slept;
 }
 
 }  // namespace
@@ -213,11 +226,20 @@ class RingTransport::Queue {
       ++with_helpers_;
       return helpers.add(*this, entry);
     }
-    const bool slow = answer_timed(session, entry);
-    if (slow) slow_ = kDepth;
+    const bool slow = answer_here(session, entry);
     const bool large = entry.length() >= kLarge;
     commit(entry);
     if (slow || large) io_uring_submit(&ring_);  // others of the batch may take as long
+  }
+
+  /// The first answer that takes long has those behind it watched; if one of them sleeps, helpers take over.
+  bool answer_here(fuse_session* session, RingEntry& entry) {
+    const Watch watch = watched_ > 0 ? Watch::sleep : Watch::time;
+    if (watched_ > 0) --watched_;
+    const bool slow = answer_watched(session, entry, watch);
+    if (slow) watched_ = kDepth;
+    if (slow && watch == Watch::sleep) slow_ = kDepth;
+    return slow;
   }
 
   /// Whether the request waits for the image's disk: those that always do, and others for a while after one did.
@@ -271,7 +293,8 @@ class RingTransport::Queue {
   // The thread's own:
   size_t waiting_ = 0;  // entries that the kernel has
   size_t with_helpers_ = 0;
-  unsigned slow_ = 0;  // so many requests more go to helpers
+  unsigned watched_ = 0;  // so many requests more are watched
+  unsigned slow_ = 0;     // so many requests more go to helpers
 
   Mutex mutex_;
   std::vector<Done> done_ GUARDED_BY(mutex_);
@@ -287,7 +310,7 @@ void RingTransport::Helpers::work(fuse_session* session) {
       next = work_.front();
       work_.pop_front();
     }
-    const bool slow = answer_timed(session, *next.entry);
+    const bool slow = answer_watched(session, *next.entry, Watch::sleep);
     next.queue->answered(*next.entry, slow);
   }
 }

@@ -145,14 +145,17 @@ std::string ModelDisk::adopt(Disk& disk) {
 std::string ModelDisk::settle(Disk& disk) {
   std::string wrong = adopt(disk);
   if (!wrong.empty()) return wrong;
-  if (disk.size() != disk_size_) {  // the last window is the growth that failed
-    windows_.pop_back();
-    content_.pop_back();
-  }
-  disk_size_ = least_size_ = disk.size();
-  std::erase_if(unflushed_, [&](const auto& sector) { return sector.first >= content_.size(); });
+  if (disk.size() != disk_size_) not_grown(disk.size());
+  least_size_ = disk_size_;
   flushed();
   return {};
+}
+
+void ModelDisk::not_grown(uint64_t disk_size) {
+  windows_.pop_back();
+  content_.pop_back();
+  disk_size_ = disk_size;
+  std::erase_if(unflushed_, [&](const auto& sector) { return sector.first >= content_.size(); });
 }
 
 Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, Rng& rng, std::string& what) {
@@ -170,7 +173,9 @@ Result<> random_request(Disk& disk, ModelDisk& model, const Workload& workload, 
     model.grow(size, workload.cluster_size * 2);
     Result<> result = disk.resize(size);
     if (result) model.grown();
-    return result;
+    if (result || result.error().code() != ErrorCode::unsupported || disk.info().format != "fvd") return result;
+    model.not_grown(disk.size());  // there is no room for so long a table
+    return {};
   }
 
   // Small, a few clusters, or anything; sector aligned more often than not.

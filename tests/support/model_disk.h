@@ -31,6 +31,8 @@ class ModelDisk {
   void grow(uint64_t disk_size, uint64_t window);
   /// The growth was acknowledged, and is durable therefore.
   void grown() { least_size_ = disk_size_; }
+  /// It was not, and the disk is as long as before.
+  void not_grown(uint64_t disk_size);
   /// A flush was acknowledged that was asked for after all changes so far.
   void flushed();
 

@@ -89,7 +89,7 @@ def over(below, name, *options):
 def full(store, side, format):
     """Every cluster is allocated and has random data."""
     if format == 'raw':
-        path = store.once('full.raw', lambda half: shutil.copyfile(store.random_raw(), half))
+        path = store.once('full-%s.raw' % side, lambda half: shutil.copyfile(store.random_raw(), half))
     else:
         path = store.once('full-%s.%s' % (side, format),
                           lambda half: qemu_img_convert(store.random_raw(), half, format))

@@ -130,7 +130,8 @@ auto Map::look_up(GuestOffset guest, Look look, Nothing nothing) -> decltype(not
     if (!l1.present()) return nothing();
     IMG_LET(const TableCache::Pin slice, load_slice(l1, guest));
     SharedLock lock(image_.mutex);
-    if (L1Entry{l1_[image_.geometry.l1_index(guest)]} == l1) return look(slice.content(), place(l1, guest).first_index, l1);
+    if (L1Entry{l1_[image_.geometry.l1_index(guest)]} == l1)
+      return look(slice.content(), place(l1, guest).first_index, l1);
     // The table was copied while its slice was loaded: look again.
   }
 }
