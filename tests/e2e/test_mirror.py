@@ -7,8 +7,10 @@ import subprocess
 import threading
 import time
 import unittest
+from pathlib import Path
 
-from harness import IMGFUSE, KiB, MiB, attempt, imgfuse, is_mounted, raw_sha256, run, sha256, wait_until
+from harness import (IMGFUSE, KiB, MiB, attempt, imgfuse, is_mounted, raw_sha256, resident_bytes, run, sha256,
+                     wait_until)
 from live_case import LiveCase, jobs, wait_for_state
 from test_bad_input import BadInputCase
 from test_failures import close_quietly
@@ -197,6 +199,18 @@ class Options(LiveCase):
         imgfuse('job', 'resume', mount.point, 1)
         imgfuse('job', 'wait', mount.point, 1)
         self.assertEqual(jobs(mount)[-1]['state'], 'completed')
+        mount.unmount()
+
+    def test_its_memory_is_the_buffer_the_bitmaps_and_4_mib(self):
+        mount = self.mount(self.filled(size=256 * MiB))
+        for format, buffer in (('qcow2', 4), ('raw', 16)):
+            Path('/proc/%d/clear_refs' % mount.pid).write_text('5')  # the peak begins here
+            before = resident_bytes(mount.pid, 'VmRSS')
+            imgfuse('mirror', mount.point, self.path('target.' + format), '-O', format, '--buffer', '%dM' % buffer,
+                    '--granularity', '4k', '--finish')
+            peak = resident_bytes(mount.pid, 'VmHWM')
+            print('mirror to %s: %.1f MiB at most, with a buffer of %d' % (format, (peak - before) / MiB, buffer))
+            self.assertLess(peak - before, (buffer + 4) * MiB + 3 * 256 * MiB // 4096 // 8)
         mount.unmount()
 
     def test_who_watches_a_mirror_and_is_interrupted_cancels_it(self):
