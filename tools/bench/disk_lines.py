@@ -74,6 +74,7 @@ FORMATS = (OURS, QSD)
 
 RANDOM_READ = ('--rw=randread', '--bs=4k')
 RANDOM_WRITE = ('--rw=randwrite', '--bs=4k')
+BUFFERED_WRITE = Fio(*RANDOM_WRITE, '--norandommap', '--end_fsync=1', direct=False, until='done', share=1 / 8)
 WRITE_1M = Fio('--rw=write', '--bs=1M', '--size=256M', '--end_fsync=1', until='done')
 READ_1M = Fio('--rw=read', '--bs=1M', '--iodepth=1')
 SPARSE_4G = ('--size=4G', '--norandommap')  # options of the work win over the line's span
@@ -105,11 +106,10 @@ LINES = (
     DiskLine('4k random re-read, buffered', 'IOPS', Fio(*RANDOM_READ, '--invalidate=0', direct=False), images.full,
              (OURS, QSD, LIMIT, PLAIN), wanted(qsd=20, plain=0.9), read_before=True),
     DiskLine('4k random write, buffered, fsync at the end', 'IOPS',
-             Fio(*RANDOM_WRITE, '--norandommap', '--end_fsync=1', direct=False, until='done', share=1 / 8), images.full,
-             (OURS, QSD, LIMIT, PLAIN), wanted(qsd=8, limit=0.9), options=('writeback_cache',)),
+             BUFFERED_WRITE, images.full, (OURS, QSD, LIMIT, PLAIN), wanted(qsd=8, limit=0.9),
+             options=('writeback_cache',)),
     DiskLine('raw data file, 4k random write, buffered, fsync at the end', 'IOPS',
-             Fio(*RANDOM_WRITE, '--norandommap', '--end_fsync=1', direct=False, until='done', share=1 / 8),
-             images.raw_data, (OURS, QSD, PLAIN), wanted(plain=0.9), options=('passthrough',)),
+             BUFFERED_WRITE, images.raw_data, (OURS, QSD, PLAIN), wanted(plain=0.9), options=('passthrough',)),
     DiskLine('4k random write, allocated, depth 1', 'IOPS', Fio(*RANDOM_WRITE, depth(1)), images.full, BASIC,
              wanted(qsd=0.8, limit=0.85, ring=2)),
     DiskLine('4k random write, allocated, depth 32', 'IOPS', Fio(*RANDOM_WRITE, depth(32)), images.full, BASIC,

@@ -40,11 +40,7 @@ class Store:
         return path
 
     def random_raw(self):
-        def make(path):
-            with open(path, 'wb') as file:
-                for _ in range(self.hot):
-                    file.write(os.urandom(MiB))
-        return self.once('random.raw', make)
+        return self.once('random.raw', lambda path: write_random(path, self.hot))
 
     def programs_raw(self):
         """Compresses as what a disk has on it."""
@@ -59,6 +55,12 @@ class Store:
     def base(self):
         """A full backing file."""
         return self.once('base.qcow2', lambda path: qemu_img_convert(self.random_raw(), path, 'qcow2'))
+
+
+def write_random(path, mib):
+    with open(path, 'wb') as file:
+        for _ in range(mib):
+            file.write(os.urandom(MiB))
 
 
 def qemu_img_convert(source, target, format, *options):
@@ -200,20 +202,18 @@ def mirror_source(store):
     """In memory: the host's disk would be what is measured."""
     path = store.memory / 'mirrored.qcow2'
     if not path.exists():
-        write_random(path, store.mirrored)
+        make_allocated(path, store.mirrored)
     return path
 
 
 def busy_source(store):
-    return store.once('busy.qcow2', lambda half: write_random(half, store.busy))
+    return store.once('busy.qcow2', lambda half: make_allocated(half, store.busy))
 
 
-def write_random(path, mib):
-    """An image in which everything is allocated."""
+def make_allocated(path, mib):
+    """An image in which every cluster is allocated."""
     raw = path.with_suffix('.raw')
-    with open(raw, 'wb') as file:
-        for _ in range(mib):
-            file.write(os.urandom(MiB))
+    write_random(raw, mib)
     qemu_img_convert(raw, path, 'qcow2')
     raw.unlink()
 
