@@ -10,7 +10,8 @@ import time
 import unittest
 from pathlib import Path
 
-from harness import (IMGFUSE, KiB, MiB, ImageCase, attempt, by_scale, imgfuse, imgfuse_json, pattern, run, sha256)
+from harness import (IMGFUSE, KiB, MiB, ImageCase, attempt, by_scale, imgfuse, imgfuse_json, pattern, run, sha256,
+                     wait_until)
 
 NOBODY = ('setpriv', '--reuid=65534', '--regid=65534', '--clear-groups')
 
@@ -588,30 +589,28 @@ class Bitmaps(SnapshotCase):
         mount = self.mount(image)
         control = self.control(mount)
         fd = mount.open()
-        written, stop = set(), threading.Event()
+        begun, stop = [], threading.Event()  # the block of each write, before it is one
 
         def work():
-            number = 0
             while not stop.is_set():
-                block = number * 7919 % 16384
-                os.pwrite(fd, b'w' * 4096, block * 4096)
-                written.add(block)
-                number += 1
+                begun.append(len(begun) * 7919 % 16384)
+                os.pwrite(fd, b'w' * 4096, begun[-1] * 4096)
 
         worker = threading.Thread(target=work)
         worker.start()
         try:
             for number in range(10):
                 control.ask('bitmap-add', name='b%d' % number, granularity=4096)
-                before = set(written)
+                before = len(begun)  # a write that had begun may have been done before there was the bitmap
                 if number % 2:
                     control.ask('bitmap-remove', name='b%d' % (number - 1))
+            wait_until(lambda: len(begun) >= before + 50)
         finally:
             stop.set()
             worker.join()
         os.close(fd)
         changed = {start // 4096 + n for start, length in self.changed(control, 'b9') for n in range(length // 4096)}
-        self.assertLessEqual(written - before, changed)
+        self.assertLessEqual(set(begun[before:]), changed)
         mount.unmount()
         self.assert_clean(image)
 
