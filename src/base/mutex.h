@@ -1,13 +1,12 @@
 // Mutexes that clang's -Wthread-safety understands, and that know their place in the order of locks.
 #pragma once
 
-#include <pthread.h>
-
 #include <cassert>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <mutex>
+
+#include "base/patient_mutex.h"
 
 #if defined(__clang__)
 #define IMG_THREAD_ANNOTATION(x) __attribute__((x))
@@ -32,7 +31,7 @@
 namespace imgfuse {
 
 /// Locks are taken in increasing rank only (src/README.md, "Locks").
-enum class LockRank : uint8_t { tables, search, header, metadata, cache, leaf };
+enum class LockRank : uint8_t { door, tables, search, header, metadata, cache, leaf };
 
 /// Which ranks the calling thread holds. Checked wherever asserts are compiled in; costs a few thread-local counts.
 class HeldRanks {
@@ -57,25 +56,16 @@ class HeldRanks {
   static inline thread_local uint8_t counts_[kRanks] = {};
 };
 
-/// Tells the CPU that the caller looks at the same memory again and again.
-inline void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 /// What is never held across I/O is free again sooner than a thread has gone to sleep and come back: a lock of that
-/// kind is tried for a while before its holder is waited for.
+/// kind is tried for some microseconds before its holder is waited for.
 template <class Native>
 class CAPABILITY("mutex") RankedMutex {
  public:
-  explicit RankedMutex(LockRank rank = LockRank::leaf) : rank_(rank) {}
+  explicit RankedMutex(LockRank rank = LockRank::leaf) : mutex_(rank < LockRank::metadata ? 0 : kTries), rank_(rank) {}
 
   void lock() ACQUIRE() {
     HeldRanks::take(rank_);
-    if (!spin([this] { return mutex_.try_lock(); })) mutex_.lock();
+    mutex_.lock();
   }
   void unlock() RELEASE() {
     mutex_.unlock();
@@ -83,7 +73,7 @@ class CAPABILITY("mutex") RankedMutex {
   }
   void lock_shared() ACQUIRE_SHARED() {
     HeldRanks::take(rank_);
-    if (!spin([this] { return mutex_.try_lock_shared(); })) mutex_.lock_shared();
+    mutex_.lock_shared();
   }
   void unlock_shared() RELEASE_SHARED() {
     mutex_.unlock_shared();
@@ -91,50 +81,14 @@ class CAPABILITY("mutex") RankedMutex {
   }
 
  private:
-  /// Some microseconds at most.
   static constexpr int kTries = 100;
-
-  template <class Try>
-  bool spin(Try taken) const {
-    const int tries = rank_ < LockRank::metadata ? 0 : kTries;
-    for (int i = 0; i < tries; ++i) {
-      if (taken()) return true;
-      pause_cpu();
-    }
-    return false;
-  }
 
   Native mutex_;
   const LockRank rank_;
 };
 
-using Mutex = RankedMutex<std::mutex>;
-/// As std::shared_mutex, but a waiting writer goes before readers that come later: glibc's default lets a steady stream
-/// of readers keep writers out for ever. A thread must not share it twice.
-class WriterFirstMutex {
- public:
-  WriterFirstMutex() {
-    pthread_rwlockattr_t attributes;
-    pthread_rwlockattr_init(&attributes);
-    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    pthread_rwlock_init(&lock_, &attributes);
-    pthread_rwlockattr_destroy(&attributes);
-  }
-  ~WriterFirstMutex() { pthread_rwlock_destroy(&lock_); }
-  WriterFirstMutex(const WriterFirstMutex&) = delete;
-  WriterFirstMutex& operator=(const WriterFirstMutex&) = delete;
-
-  void lock() { pthread_rwlock_wrlock(&lock_); }
-  bool try_lock() { return pthread_rwlock_trywrlock(&lock_) == 0; }
-  void unlock() { pthread_rwlock_unlock(&lock_); }
-  void lock_shared() { pthread_rwlock_rdlock(&lock_); }
-  bool try_lock_shared() { return pthread_rwlock_tryrdlock(&lock_) == 0; }
-  void unlock_shared() { pthread_rwlock_unlock(&lock_); }
-
- private:
-  pthread_rwlock_t lock_;
-};
-using SharedMutex = RankedMutex<WriterFirstMutex>;
+using Mutex = RankedMutex<PatientMutex>;
+using SharedMutex = RankedMutex<PatientSharedMutex>;
 
 /// Holds a mutex for a scope; may be dropped and taken again inside it, and waited on with ConditionVariable.
 template <class M>

@@ -39,7 +39,7 @@ Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
         release_if_unused(table);
         return fail(std::move(error));
       }
-      hits_.fetch_add(1, std::memory_order_relaxed);
+      hits_.add();
       return Pin(*this, table);
     }
     if (!has_room() && !idle_.empty()) evict_one();
@@ -222,7 +222,7 @@ bool TableCache::wants_flush() const {
 TableCache::Statistics TableCache::statistics() const {
   SharedLock lock(mutex_);
   Statistics now = statistics_;
-  now.hits = hits_.load(std::memory_order_relaxed);
+  now.hits = hits_.get();
   now.tables = count_;
   now.dirty = dirty_count_;
   return now;

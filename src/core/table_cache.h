@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/per_cpu.h"
 #include "imgfuse/error.h"
 #include "imgfuse/statistics.h"
 #include "imgfuse/storage.h"
@@ -86,7 +87,7 @@ class TableCache {
     if (found == by_offset_.end() || found->second->loading || found->second->load_error) return std::nullopt;
     Table& table = *found->second;
     if (!table.looked_at.load(std::memory_order_relaxed)) table.looked_at.store(true, std::memory_order_relaxed);
-    hits_.fetch_add(1, std::memory_order_relaxed);
+    hits_.add();
     return look(ConstBytes(table.content.get(), table_bytes_));
   }
 
@@ -165,7 +166,7 @@ class TableCache {
   size_t count_ GUARDED_BY(mutex_) = 0;  // all tables in being, detached ones too
   size_t dirty_count_ GUARDED_BY(mutex_) = 0;
   Statistics statistics_ GUARDED_BY(mutex_);  // without hits_
-  mutable std::atomic<uint64_t> hits_ = 0;
+  mutable Counter hits_;
 };
 
 }  // namespace imgfuse

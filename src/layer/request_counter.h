@@ -7,33 +7,43 @@
 #include <bit>
 #include <chrono>
 
+#include "base/per_cpu.h"
 #include "imgfuse/statistics.h"
 
 namespace imgfuse::layer {
 
-/// Any thread may call. Its own cache lines, so that readers and writers do not slow each other.
-class alignas(64) RequestCounter {
+/// Any thread may call.
+class RequestCounter {
  public:
   void add(uint64_t bytes, bool good, std::chrono::steady_clock::duration took) {
     const auto us = static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(took).count());
-    const size_t bucket = std::min<size_t>(static_cast<size_t>(std::bit_width(us)), latencies_.size() - 1);
-    latencies_[bucket].fetch_add(1, std::memory_order_relaxed);
-    bytes_.fetch_add(bytes, std::memory_order_relaxed);
-    if (!good) failed_.fetch_add(1, std::memory_order_relaxed);
+    Counts& counts = counts_.here();
+    const size_t bucket = std::min<size_t>(static_cast<size_t>(std::bit_width(us)), counts.latencies.size() - 1);
+    counts.latencies[bucket].fetch_add(1, std::memory_order_relaxed);
+    counts.bytes.fetch_add(bytes, std::memory_order_relaxed);
+    if (!good) counts.failed.fetch_add(1, std::memory_order_relaxed);
   }
   RequestStatistics get() const {
-    RequestStatistics statistics;
-    for (size_t i = 0; i < latencies_.size(); ++i)
-      statistics.requests += statistics.latencies[i] = latencies_[i].load(std::memory_order_relaxed);
-    statistics.bytes = bytes_.load(std::memory_order_relaxed);
-    statistics.failed = failed_.load(std::memory_order_relaxed);
-    return statistics;
+    RequestStatistics sum;
+    counts_.for_each([&](const Counts& counts) {
+      for (size_t i = 0; i < counts.latencies.size(); ++i) {
+        const uint64_t requests = counts.latencies[i].load(std::memory_order_relaxed);
+        sum.requests += requests;
+        sum.latencies[i] += requests;
+      }
+      sum.bytes += counts.bytes.load(std::memory_order_relaxed);
+      sum.failed += counts.failed.load(std::memory_order_relaxed);
+    });
+    return sum;
   }
 
  private:
-  std::array<std::atomic<uint64_t>, RequestStatistics{}.latencies.size()> latencies_ = {};
-  std::atomic<uint64_t> bytes_ = 0;
-  std::atomic<uint64_t> failed_ = 0;
+  struct Counts {
+    std::array<std::atomic<uint64_t>, RequestStatistics{}.latencies.size()> latencies = {};
+    std::atomic<uint64_t> bytes = 0;
+    std::atomic<uint64_t> failed = 0;
+  };
+  PerCpu<Counts> counts_;
 };
 
 }  // namespace imgfuse::layer

@@ -34,7 +34,7 @@ class Switch::SwitchedSnapshots final : public Snapshots {
   /// Runs inside a visit.
   template <class Call>
   std::invoke_result_t<Call, Snapshots&> with(Call call) const {
-    const Door::Visit visit(owner_.door_);
+    const SharedLock visit(owner_.door_);
     if (Snapshots* const snapshots = owner_.disk_->snapshots()) return call(*snapshots);
     return fail(ErrorCode::unsupported, "there are no snapshots in {} images", owner_.disk_->info().format);
   }
@@ -73,13 +73,13 @@ class Switch::SwitchedBitmaps final : public Bitmaps {
  private:
   template <class Call>
   std::invoke_result_t<Call, Bitmaps&> with(Call call) const {
-    const Door::Visit visit(owner_.door_);
+    const SharedLock visit(owner_.door_);
     if (Bitmaps* const bitmaps = owner_.disk_->bitmaps()) return call(*bitmaps);
     return fail(ErrorCode::unsupported, "there are no bitmaps in {} images", owner_.disk_->info().format);
   }
 
   std::vector<BitmapInfo> list() const override {
-    const Door::Visit visit(owner_.door_);
+    const SharedLock visit(owner_.door_);
     Bitmaps* const bitmaps = owner_.disk_->bitmaps();
     return bitmaps != nullptr ? bitmaps->list() : std::vector<BitmapInfo>();
   }
@@ -105,7 +105,7 @@ class Switch::SwitchedCopy final : public BackgroundCopy {
 
  private:
   Progress progress() const override {
-    const Door::Visit visit(owner_.door_);
+    const SharedLock visit(owner_.door_);
     const BackgroundCopy* const copy = owner_.disk_->background_copy();
     return copy != nullptr ? copy->progress() : Progress();
   }
@@ -123,17 +123,17 @@ Switch::Switch(Disk& disk)
 Switch::~Switch() = default;
 
 Snapshots* Switch::snapshots() {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->snapshots() != nullptr ? snapshots_.get() : nullptr;
 }
 
 Bitmaps* Switch::bitmaps() {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->bitmaps() != nullptr ? bitmaps_.get() : nullptr;
 }
 
 BackgroundCopy* Switch::background_copy() {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->background_copy() != nullptr ? background_copy_.get() : nullptr;
 }
 
@@ -143,14 +143,14 @@ Result<> Switch::check_no_job(const char* change) const {
 }
 
 DiskInfo Switch::do_info() const {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   DiskInfo info = disk_->info();
   info.size = size_;
   return info;
 }
 
 DiskStatistics Switch::statistics() const {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   DiskStatistics statistics = disk_->statistics();
   statistics.reads = reads_.get();
   statistics.writes = writes_.get();
@@ -163,7 +163,7 @@ DiskStatistics Switch::statistics() const {
 template <class Call>
 Result<> Switch::counted(RequestCounter& counter, uint64_t bytes, Call call) {
   const auto begin = std::chrono::steady_clock::now();
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   Result<> result = call(*disk_);
   counter.add(bytes, result.has_value(), std::chrono::steady_clock::now() - begin);
   return result;
@@ -182,17 +182,17 @@ Result<> Switch::do_write_zeroes(GuestRange range, Zeroing zeroing) {
 }
 
 Result<> Switch::do_populate(GuestRange range, Holes holes) {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->populate(range, holes);
 }
 
 Result<> Switch::do_forget(GuestRange range) {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->forget(range);
 }
 
 Result<std::vector<Extent>> Switch::do_map(GuestRange range, size_t max_extents) {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->map(range, max_extents);
 }
 
@@ -201,7 +201,7 @@ Result<> Switch::do_flush() {
 }
 
 Result<> Switch::do_resize(uint64_t size, ResizeOptions options) {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   IMG_TRY(check_no_job("resize"));
   IMG_TRY(disk_->resize(size, options));
   size_ = disk_->size();
@@ -209,12 +209,12 @@ Result<> Switch::do_resize(uint64_t size, ResizeOptions options) {
 }
 
 Result<> Switch::do_close() {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->close();
 }
 
 uint64_t Switch::do_allocated() const {
-  const Door::Visit visit(door_);
+  const SharedLock visit(door_);
   return disk_->allocated();
 }
 
@@ -222,7 +222,7 @@ uint64_t Switch::do_allocated() const {
 Result<> Switch::do_count_allocated(const std::atomic<bool>& stop) {
   Disk* disk = nullptr;
   {
-    const Door::Visit visit(door_);
+    const SharedLock visit(door_);
     const Lock lock(counting_mutex_);
     counting_ = disk = disk_;
   }
@@ -249,12 +249,12 @@ bool Switch::is_counting() {
 }
 
 /// Who counts is not inside, but has been there.
-Standstill::Standstill(Switch& of, Counting counting) : switch_(of) {
-  switch_.door_.close();
+Standstill::Standstill(Switch& of, Counting counting) NO_THREAD_SAFETY_ANALYSIS : switch_(of) {
+  switch_.door_.lock();
   while (counting == Counting::has_ended && switch_.is_counting()) {
-    switch_.door_.open();
+    switch_.door_.unlock();
     switch_.wait_until_counted();
-    switch_.door_.close();
+    switch_.door_.lock();
   }
 }
 

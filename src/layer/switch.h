@@ -9,7 +9,6 @@
 #include "imgfuse/bitmaps.h"
 #include "imgfuse/disk.h"
 #include "imgfuse/snapshots.h"
-#include "layer/door.h"
 #include "layer/request_counter.h"
 
 namespace imgfuse::layer {
@@ -64,7 +63,7 @@ class Switch : public Disk {
   /// What is not to happen while a job works on the disk.
   Result<> check_no_job(const char* change) const;
 
-  mutable Door door_;
+  mutable SharedMutex door_{LockRank::door};  // who visits the disk shares it
   std::atomic<uint64_t> size_;
   std::atomic<unsigned> open_snapshots_ = 0;
   RequestCounter reads_;
@@ -94,7 +93,7 @@ enum class Counting { may_go_on, has_ended };
 class [[nodiscard]] Standstill {
  public:
   explicit Standstill(Switch& of, Counting counting = Counting::may_go_on);
-  ~Standstill() { switch_.door_.open(); }
+  ~Standstill() NO_THREAD_SAFETY_ANALYSIS { switch_.door_.unlock(); }
   Standstill(const Standstill&) = delete;
   Standstill& operator=(const Standstill&) = delete;
 

@@ -111,7 +111,7 @@ void HostFile::grow(uint64_t end) {
 Result<> HostFile::read(uint64_t offset, Bytes out) {
   const HostRange range{HostOffset(offset), out.size()};
   while (!out.empty()) {
-    reads_.fetch_add(1, std::memory_order_relaxed);
+    reads_.add();
     const ssize_t n = pread(fd_.get(), out.data(), out.size(), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return fail(error(errno, "read", range));
@@ -128,7 +128,7 @@ Result<> HostFile::write(uint64_t offset, std::span<const ConstBytes> parts) {
   PartCursor cursor(parts);
   while (!cursor.done()) {
     const std::span<const iovec> vectors = cursor.next();
-    writes_.fetch_add(1, std::memory_order_relaxed);
+    writes_.add();
     const ssize_t n = pwritev(fd_.get(), vectors.data(), static_cast<int>(vectors.size()), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     // A write of some bytes that writes none would be tried for ever.
@@ -142,7 +142,7 @@ Result<> HostFile::write(uint64_t offset, std::span<const ConstBytes> parts) {
 
 int HostFile::try_fallocate(int mode, HostRange range) {
   for (;;) {
-    writes_.fetch_add(1, std::memory_order_relaxed);
+    writes_.add();
     if (fallocate(fd_.get(), mode, static_cast<off_t>(range.begin.bytes()), static_cast<off_t>(range.length)) == 0)
       break;
     if (errno != EINTR) return errno;
@@ -152,7 +152,7 @@ int HostFile::try_fallocate(int mode, HostRange range) {
 }
 
 Result<> HostFile::sync() {
-  flushes_.fetch_add(1, std::memory_order_relaxed);
+  flushes_.add();
   if (fdatasync(fd_.get()) != 0) return fail(host_error(errno, "flush " + name_));
   return {};
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/per_cpu.h"
 #include "base/unique_fd.h"
 #include "imgfuse/storage.h"
 
@@ -47,7 +48,7 @@ class HostFile {
   int fd() const { return fd_.get(); }
   const std::string& name() const { return name_; }
   uint64_t end() const { return end_.load(std::memory_order_acquire); }
-  FileCounts counts() const { return {reads_.load(), writes_.load(), flushes_.load()}; }
+  FileCounts counts() const { return {reads_.get(), writes_.get(), flushes_.get()}; }
 
   /// What lies past the end of the file reads as zeros.
   Result<> read(uint64_t offset, Bytes out);
@@ -71,9 +72,9 @@ class HostFile {
   const std::string name_;
   uint32_t block_ = 1;
   std::atomic<uint64_t> end_;
-  std::atomic<uint64_t> reads_ = 0;
-  std::atomic<uint64_t> writes_ = 0;
-  std::atomic<uint64_t> flushes_ = 0;
+  Counter reads_;
+  Counter writes_;
+  Counter flushes_;
 };
 
 }  // namespace imgfuse

@@ -23,51 +23,6 @@ using test::waits;
 
 constexpr uint64_t kSize = 1_MiB;
 
-TEST_CASE("door: who closes waits for those inside, who comes later for the opening") {
-  Door door;
-  auto inside = std::make_unique<Door::Visit>(door);
-  auto closing = in_background([&] { door.close(); });
-  CHECK(waits(closing));
-  auto late = in_background([&] { const Door::Visit visit(door); });
-  CHECK(waits(late));
-
-  inside.reset();
-  closing.get();
-  CHECK(waits(late));
-
-  door.open();
-  late.get();
-}
-
-TEST_CASE("door: two who close it have it one after the other, and nobody is inside meanwhile") {
-  Door door;
-  uint64_t guarded = 0;  // plain: the sanitizer would see a visit beside a change
-  std::atomic<bool> stop = false;
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i)
-    threads.emplace_back([&] {
-      while (!stop) {
-        const Door::Visit visit(door);
-        CHECK(guarded % 2 == 0);
-      }
-    });
-  for (int i = 0; i < 2; ++i)
-    threads.emplace_back([&] {
-      for (int round = 0; round < 500; ++round) {
-        door.close();
-        ++guarded;
-        ++guarded;
-        door.open();
-      }
-    });
-  threads[3].join();
-  threads[4].join();
-  stop = true;
-  for (int i = 0; i < 3; ++i) threads[static_cast<size_t>(i)].join();
-
-  CHECK(guarded == 2000);
-}
-
 TEST_CASE("switch: requests go to the disk that is behind it") {
   MemoryDisk first(kSize), second(2 * kSize);
   Switch through(first);
