@@ -29,10 +29,10 @@ class Image(ImageBytes):
         super().__init__(path)
         self._l1 = None  # a snapshot's, while that is looked at
 
-    def field(self, name):
+    def stored_field(self, name):
         if self.get(4, 4) == 2 and FIELDS[name][0] >= 72:
             return {'refcount_order': 4, 'header_length': 72}.get(name, 0)
-        return super().field(name)
+        return super().stored_field(name)
 
     def extension(self, wanted):
         """Where the data of a header extension begins."""

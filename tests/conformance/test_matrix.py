@@ -5,7 +5,7 @@ import os
 import random
 import unittest
 
-from harness import IMGFUSE, ImageCase, imgfuse_json, pattern, punch_hole, raw_sha256, run, seed, sha256, zero_range
+from harness import IMGFUSE, ImageCase, imgfuse_json, punch_hole, raw_sha256, run, seed, sha256, zero_range
 from matrix import KiB, matrix
 
 SEED = seed()
@@ -76,7 +76,7 @@ class Matrix(ImageCase):
         file = self.raw('compressible', spec.size)
         with open(file, 'r+b') as f:
             for offset, length in ranges(self.random, spec.size, 12, 512):
-                words = [pattern(8, self.random.random()) for _ in range(self.random.choice((4, 30, 100000)))]
+                words = [self.random.randbytes(8) for _ in range(self.random.choice((4, 30, 100000)))]
                 f.seek(offset)
                 f.write(b''.join(self.random.choices(words, k=length // 8)))
         return file
