@@ -9,6 +9,11 @@ def jobs(mount):
     return json.loads(imgfuse('jobs', '--json', mount.point))
 
 
+def writes(mount):
+    """How many have come to the daemon."""
+    return json.loads(imgfuse('status', '--json', mount.point))['statistics']['writes']['requests']
+
+
 def wait_for_state(mount, state):
     wait_until(lambda: jobs(mount)[-1]['state'] == state, 60, 'the state %s of %s' % (state, jobs(mount)))
 
@@ -36,17 +41,22 @@ class LiveCase(ImageCase):
         return sha256(mount.disk)
 
     def start_fio(self, mount):
-        """Writes and verifies all of the disk, again and again, until stop_fio()."""
+        """Writes and verifies all of the disk, again and again, until stop_fio(). Has begun when this returns."""
         size = '%dM' % (self.megabytes // 2)
-        return subprocess.Popen(
+        before = writes(mount)
+        fio = subprocess.Popen(
             ['fio', '--name=verify', '--filename=%s' % mount.disk, '--direct=1', '--rw=randwrite', '--verify=crc32c',
              '--do_verify=1', '--verify_fatal=1', '--loops=1000', '--ioengine=libaio', '--iodepth=16', '--numjobs=2',
              '--bs=4k', '--fsync=500', '--size=' + size, '--offset_increment=' + size, '--output-format=json',
              '--randseed=%d' % self.seed], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, cwd=self.folder)
+        wait_until(lambda: fio.poll() is not None or writes(mount) >= before + 100, 60, 'the work of fio')
+        return fio
 
-    def stop_fio(self, fio):
-        """What was asked for has been answered, and every block was read back as it was written."""
+    def stop_fio(self, fio, mount):
+        """It goes on, what it asked for has been answered, and every block was read back as it was written."""
+        before = writes(mount)
+        wait_until(lambda: fio.poll() is not None or writes(mount) > before, 60, 'further work of fio')
         self.assertIsNone(fio.poll(), 'fio has ended: a request failed, or a block was wrong')
         fio.terminate()
         out, err = fio.communicate(timeout=60)

@@ -10,7 +10,7 @@ class Backup(LiveCase):
         image = self.filled()
         mount = self.mount(image)
         before = sha256(mount.disk)
-        imgfuse('backup', mount.point, self.path('slow.qcow2'), '--detach', '--rate', '1M')
+        imgfuse('backup', mount.point, self.path('slow.qcow2'), '--detach', '--rate', '64k')
         run('fio', '--name=change', '--filename=%s' % mount.disk, '--direct=1', '--rw=randwrite', '--bs=16k',
             '--ioengine=libaio', '--iodepth=8', '--verify=crc32c', '--do_verify=1', '--size=%dM' % self.megabytes,
             '--io_size=16M', '--randseed=%d' % self.seed, cwd=self.folder)

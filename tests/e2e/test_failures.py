@@ -7,7 +7,7 @@ import threading
 import time
 import unittest
 
-from harness import IMGFUSE, MiB, ImageCase, attempt, by_scale, close_quietly, run, sha256
+from harness import IMGFUSE, MiB, ImageCase, attempt, by_scale, close_quietly, run, sha256, wait_until
 
 BLOCK = 4096
 
@@ -102,6 +102,7 @@ class Kill(FailureCase):
                               stride) for share, history in enumerate(histories)]
             for writer in writers:
                 writer.start()
+            wait_until(lambda: any(writer.syncs for writer in writers), 60, 'an fsync')
             time.sleep(0.3 + 1.2 * self.random.random())
             mount.kill()
             for writer in writers:
@@ -110,7 +111,6 @@ class Kill(FailureCase):
             mount.bury()
             for history in histories:
                 history.crash()
-            self.assertTrue(any(writer.syncs for writer in writers), 'no fsync came through')
 
             if image.suffix != '.img':
                 self.assert_no_corruption(image) if consistent else self.assert_repairable(image)

@@ -28,7 +28,7 @@ class Work(LiveCase):
         for name, options in targets:
             imgfuse('mirror', mount.point, self.path(name), '--complete', *options)
             self.assertEqual(jobs(mount)[-1]['state'], 'completed')
-        self.stop_fio(fio)
+        self.stop_fio(fio, mount)
         content = sha256(mount.disk)
         mount.unmount()
         self.assert_same_disk(self.path('fourth.qcow2'), 'qcow2', content)
@@ -43,7 +43,7 @@ class Work(LiveCase):
         imgfuse('mirror', mount.point, self.path('none.raw'), '-O', 'raw', '--detach', '--rate', '1M')
         imgfuse('mirror', mount.point, '--cancel')
         self.assertEqual([job['state'] for job in jobs(mount)], ['finished', 'cancelled'])
-        self.stop_fio(fio)
+        self.stop_fio(fio, mount)
         content = sha256(mount.disk)
         imgfuse('mirror', mount.point, self.path('copy.raw'), '-O', 'raw', '--finish')
         self.assertEqual(sha256(self.path('copy.raw')), content)
@@ -59,7 +59,7 @@ class Work(LiveCase):
         tree = self.path('tree')
         tree.mkdir()
         run('mount', device, tree)
-        contents, stop = {}, threading.Event()
+        contents, written, stop = {}, [], threading.Event()
 
         def work():
             rng = random.Random(self.seed)
@@ -67,14 +67,22 @@ class Work(LiveCase):
                 name = 'file%d' % rng.randrange(100)
                 contents[name] = rng.randbytes(rng.randrange(1, 300 * KiB))
                 (tree / name).write_bytes(contents[name])
+                written.append(name)
                 if rng.randrange(10) == 0:
-                    os.sync()
+                    run('sync', '--file-system', tree)
+
+        def wait_for_work():
+            seen = len(written)
+            wait_until(lambda: len(written) >= seen + 6, 60, 'the writing of files')
 
         worker = threading.Thread(target=work)
         worker.start()
         try:
+            wait_for_work()
             imgfuse('mirror', mount.point, self.path('moved.qcow2'), '--complete')
+            wait_for_work()
             imgfuse('mirror', mount.point, self.path('again.raw'), '-O', 'raw', '--complete', '--granularity', '16k')
+            wait_for_work()
         finally:
             stop.set()
             worker.join()
@@ -84,7 +92,6 @@ class Work(LiveCase):
         device = self.losetup(self.path('again.raw'))
         run('e2fsck', '-f', '-n', device)
         run('mount', '-o', 'ro', device, tree)
-        self.assertGreater(len(contents), 5)
         for name, content in contents.items():
             self.assertEqual((tree / name).read_bytes(), content, name)
         run('umount', tree)
@@ -103,8 +110,14 @@ class Work(LiveCase):
             self.assertIn('snapshot is open', outcome.err)
         job = jobs(mount)[-1]
         self.assertEqual(job['state'], 'paused')
-        imgfuse('job', 'resume', point, job['job'])
-        imgfuse('job', 'wait', point, job['job'])
+
+        def goes_on():
+            """The file system is told of the closing some time after it."""
+            imgfuse('job', 'resume', point, job['job'])
+            return 'snapshot is open' not in attempt(IMGFUSE, 'job', 'wait', point, job['job']).err
+
+        wait_until(goes_on, what='the closing of the snapshot')
+        self.assertEqual(jobs(mount)[-1]['state'], 'completed')
         wait_until(lambda: os.listdir(point / 'snapshots') == [], what='the end of the snapshots')
         self.assertEqual(sha256(mount.disk), content)
         imgfuse('snapshot', 'create', self.path('target.qcow2'), 'tuesday')  # the image that the mount has open now
@@ -216,13 +229,15 @@ class Options(LiveCase):
     def test_who_watches_a_mirror_and_is_interrupted_cancels_it(self):
         mount = self.mount(self.filled())
         watcher = subprocess.Popen([IMGFUSE, 'mirror', mount.point, self.path('target'), '--rate', '1M', '-p'],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_until(lambda: jobs(mount), what='the job')
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        err = b''
+        while b'%' not in err and (more := os.read(watcher.stderr.fileno(), 4096)):
+            err += more
         watcher.terminate()
-        _, err = watcher.communicate(timeout=30)
+        err += watcher.communicate(timeout=30)[1]
         self.assertEqual(watcher.returncode, 1)
-        self.assertIn('cancelled', err)
-        self.assertIn('%', err)
+        self.assertIn(b'cancelled', err)
+        self.assertIn(b'%', err)
         self.assertEqual(jobs(mount)[-1]['state'], 'cancelled')
         mount.unmount()
 

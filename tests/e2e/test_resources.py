@@ -1,8 +1,8 @@
 """How much time and memory imgfuse takes."""
-import os
 import resource
 import time
 import unittest
+from pathlib import Path
 
 from harness import MiB, ImageCase, daemons_in, imgfuse, resident_bytes, run
 
@@ -14,26 +14,29 @@ def children_seconds():
 
 
 def process_seconds(pid):
-    fields = open('/proc/%d/stat' % pid).read().rsplit(')', 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+    """Processor time of its threads."""
+    return sum(int(times.read_text().split()[0]) for times in Path('/proc/%d/task' % pid).glob('*/schedstat')) / 1e9
 
 
 class Opening(ImageCase):
-    def test_a_2_tib_image_opens_within_20_ms_and_16_mib(self):
+    def test_a_2_tib_image_opens_within_20_ms_of_processor_time_and_16_mib(self):
+        """Others that are busy do not change that. What it waits for is bounded loosely."""
         image = self.qcow2('disk.qcow2', '2T', '-o', 'cluster_size=64k')
         point = self.path('point')
         point.touch()
-        times, memory = [], []
+        times, waits, memory = [], [], []
         for _ in range(9):
-            begin = time.monotonic()
+            before, begin = children_seconds(), time.monotonic()
             imgfuse(image, point)
-            times.append(time.monotonic() - begin)
+            waits.append(time.monotonic() - begin)
             [daemon] = daemons_in(self.folder)
+            times.append(children_seconds() - before + process_seconds(daemon))
             memory.append(resident_bytes(daemon, 'VmHWM'))
             imgfuse('umount', point)
-        print('2 TiB image: mounted in %.1f ms (best of 9), %.1f MiB resident' % (1000 * min(times),
-                                                                                 min(memory) / MiB))
+        print('2 TiB image: mounted in %.1f ms, %.1f ms of processor time (best of 9), %.1f MiB resident' % (
+            1000 * min(waits), 1000 * min(times), min(memory) / MiB))
         self.assertLess(min(times), 0.020)
+        self.assertLess(min(waits), 0.5)
         self.assertLess(min(memory), 16 * MiB)
 
     def test_a_10_tib_fvd_image_opens_within_100_ms_and_its_table_and_16_mib(self):

@@ -75,10 +75,12 @@ class Rings(RingCase):
         self.assert_clean(image)
 
     def test_a_killed_daemon_leaves_no_request_waiting(self):
-        image = self.qcow2()
+        image = self.qcow2('disk.qcow2', '4G')
         mount = self.mount(image)
         with subprocess.Popen(['dd', 'if=/dev/zero', 'of=%s' % mount.disk, 'bs=1M', 'oflag=direct', 'conv=notrunc'],
                               stderr=subprocess.DEVNULL) as writer:
+            wait_until(lambda: image.stat().st_blocks * 512 > 8 << 20, 60, 'the first writes')
+            self.assertIsNone(writer.poll())
             mount.kill(signal.SIGKILL)
             self.assertNotEqual(writer.wait(60), 0)
         mount.bury()

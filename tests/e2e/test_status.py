@@ -160,7 +160,8 @@ class Overlays(ImageCase):
         self.write(mount, 4096, b'changed' * 100)
         imgfuse('commit', mount.point)
         self.write(mount, 0, b'after')
-        self.assertEqual(json.loads(imgfuse('list', '--json'))[-1]['image'], str(self.image))
+        [entry] = [entry for entry in json.loads(imgfuse('list', '--json')) if entry['mountpoint'] == str(mount.point)]
+        self.assertEqual(entry['image'], str(self.image))
         mount.unmount()
         again = self.mount(self.image)
         self.assertEqual((self.read(again, 4096, 7), self.read(again, 0, 5)), (b'changed', b'after'))

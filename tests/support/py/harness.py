@@ -161,9 +161,11 @@ def command_line(pid):
 
 
 def process_is_gone(pid):
+    """Nothing of it runs: neither its first thread nor others that live on without that one."""
     try:
         with open('/proc/%d/stat' % pid, encoding='utf-8', errors='replace') as status:
-            return status.read().rsplit(')', 1)[1].split()[0] == 'Z'
+            fields = status.read().rsplit(')', 1)[1].split()
+            return fields[0] == 'Z' and int(fields[17]) <= 1
     except OSError:
         return True
 
