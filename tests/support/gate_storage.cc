@@ -1,5 +1,10 @@
 #include "support/gate_storage.h"
 
+#include <fmt/format.h>
+
+#include <fstream>
+#include <string>
+
 namespace imgfuse::test {
 
 void Gate::wait_for_arrival() {
@@ -50,6 +55,16 @@ void GateStorage::pass(Call call, HostRange range, Point point) {
       if (std::shared_ptr<Gate> held = gate.lock()) gates.push_back(std::move(held));
   }
   for (const std::shared_ptr<Gate>& gate : gates) gate->pass(call, range, point);
+}
+
+std::optional<uint64_t> sleep_of(pid_t thread) {
+  std::ifstream status(fmt::format("/proc/self/task/{}/status", thread));
+  bool sleeps = false;
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("State:")) sleeps = line.starts_with("State:\tS");
+    if (sleeps && line.starts_with("voluntary_ctxt_switches:")) return std::stoull(line.substr(line.find('\t')));
+  }
+  return std::nullopt;
 }
 
 }  // namespace imgfuse::test

@@ -1,11 +1,14 @@
 // GateStorage: holds a chosen call until the test lets it go.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "base/mutex.h"
@@ -60,17 +63,49 @@ class GateStorage final : public InterceptedStorage {
   std::vector<std::weak_ptr<Gate>> gates_ GUARDED_BY(mutex_);
 };
 
+/// A thread of its own that runs already, and what comes of it.
+template <class T>
+class Background {
+ public:
+  Background(pid_t thread, std::future<T> result) : thread_(thread), result_(std::move(result)) {}
+
+  T get() { return result_.get(); }
+  pid_t thread() const { return thread_; }
+  bool has_ended_within(std::chrono::milliseconds time) const {
+    return result_.wait_for(time) == std::future_status::ready;
+  }
+
+ private:
+  const pid_t thread_;
+  std::future<T> result_;
+};
+
 /// Runs `f` in a thread of its own.
 template <class F>
 auto in_background(F f) {
-  return std::async(std::launch::async, std::move(f));
+  std::promise<pid_t> started;
+  std::future<pid_t> thread = started.get_future();
+  auto result = std::async(std::launch::async, [started = std::move(started), f = std::move(f)]() mutable {
+    started.set_value(::gettid());
+    return f();
+  });
+  return Background(thread.get(), std::move(result));
 }
 
-/// Whether the thread behind `future` is still at work after a moment: it waits for something. A wrong "yes" is
-/// possible on a slow machine, a wrong "no" is not, so a test may require it without becoming unreliable.
+/// How often a thread has gone to sleep, if it sleeps now.
+std::optional<uint64_t> sleep_of(pid_t thread);
+
+/// Whether what runs in the background has come to a place where it waits for something: it sleeps, and goes on
+/// sleeping for a moment. The answer is the same however long the machine leaves a thread without a CPU.
 template <class T>
-bool waits(const std::future<T>& future) {
-  return future.wait_for(std::chrono::milliseconds(30)) == std::future_status::timeout;
+bool waits(const Background<T>& background) {
+  std::optional<uint64_t> before;
+  while (!background.has_ended_within(std::chrono::milliseconds(10))) {
+    const std::optional<uint64_t> sleep = sleep_of(background.thread());
+    if (sleep && sleep == before) return true;
+    before = sleep;
+  }
+  return false;
 }
 
 }  // namespace imgfuse::test

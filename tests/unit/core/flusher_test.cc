@@ -69,7 +69,7 @@ TEST_CASE("Flusher: callers that arrive during a cycle share the next one") {
 
   auto first = in_background([&] { return flusher.flush().has_value(); });
   gate->wait_for_arrival();
-  std::vector<std::future<bool>> others;
+  std::vector<Background<bool>> others;
   for (int i = 0; i < 5; ++i) others.push_back(in_background([&] { return flusher.flush().has_value(); }));
   for (auto& other : others) CHECK(waits(other));
   gate->open();

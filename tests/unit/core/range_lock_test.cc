@@ -56,7 +56,7 @@ TEST_CASE("RangeLock: readers that come later do not overtake a waiting writer")
   auto writer = in_background([&] { return exclusive(lock, range(50, 100)); });
   CHECK(waits(writer));
 
-  auto late_reader = in_background([&] { return shared(lock, range(120, 10)); });
+  auto late_reader = in_background([&] { shared(lock, range(120, 10)); });
   CHECK(waits(late_reader));
 
   reading.reset();

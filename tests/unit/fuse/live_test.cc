@@ -185,15 +185,23 @@ TEST_CASE("fuse live: large folders are listed whole") {
 }
 
 TEST_CASE("fuse live: a session that is stopped while a command runs ends") {
-  SnapshotMemoryDisk disk(kSize);
   for (unsigned round = 0; round < 5; ++round) {
+    SnapshotMemoryDisk disk(kSize);
     Mounted mounted(disk, MountpointKind::file);
     const auto entry = find_mount(mounted.point());
+    REQUIRE(entry);
+    auto daemons = control::Client::connect(entry->device, entry->user);
+    REQUIRE(daemons.size() == 1);
+    std::promise<bool> first;
     std::thread asking([&] {
-      for (auto& daemon : control::Client::connect(entry->device, entry->user))
-        for (unsigned i = 0; i < 1000; ++i)
-          if (!daemon.call("resize", {{"size", kSize + i * 4096}})) return;
+      for (unsigned i = 0; i < 1'000'000; ++i) {
+        const Json size = {{"size", kSize + i % 1000 * 4096}, {"shrink", true}};
+        const bool answered = daemons[0].call("resize", size).has_value();
+        if (i == 0) first.set_value(answered);
+        if (!answered) return;
+      }
     });
+    CHECK(first.get_future().get());
     CHECK(mounted.stop());
     asking.join();
   }

@@ -100,11 +100,11 @@ TEST_CASE("bench: the first failure ends it") {
   JobDisk disk = raw_disk(1_MiB);
   disk.faults->fail_call(10, ErrorCode::io);
 
-  const auto result = bench(*disk, {.count = 100000, .depth = 4});
+  const auto result = bench(*disk, {.count = 10'000'000, .depth = 4});
 
   REQUIRE_FALSE(result);
   CHECK(result.error().code() == ErrorCode::io);
-  CHECK(disk.memory->counts().reads < 1000);
+  CHECK(disk.memory->counts().reads < 1'000'000);
 }
 
 TEST_CASE("bench: numbers that make no sense are refused") {

@@ -55,10 +55,11 @@ TEST_CASE("switch: a request in flight ends before the disk is exchanged") {
   class SlowDisk : public Forwarding {
    public:
     using Forwarding::Forwarding;
-    std::promise<void> go;
+    std::promise<void> arrived, go;
 
    private:
     Result<> do_flush() override {
+      arrived.set_value();
       go.get_future().wait();
       return {};
     }
@@ -67,7 +68,7 @@ TEST_CASE("switch: a request in flight ends before the disk is exchanged") {
   SlowDisk slow(memory);
   Switch through(slow);
   auto flush = in_background([&] { return through.flush(); });
-  CHECK(waits(flush));
+  slow.arrived.get_future().wait();
   auto exchange = in_background([&] {
     Standstill standstill(through);
     standstill.set_disk(other);
@@ -129,9 +130,11 @@ TEST_CASE("switch: a disk is waited for while its clusters are counted") {
   class CountingDisk : public Forwarding {
    public:
     using Forwarding::Forwarding;
+    std::promise<void> arrived;
 
    private:
     Result<> do_count_allocated(const std::atomic<bool>& stop) override {
+      arrived.set_value();
       stop.wait(false);
       return {};
     }
@@ -141,7 +144,7 @@ TEST_CASE("switch: a disk is waited for while its clusters are counted") {
   Switch through(disk);
   std::atomic<bool> stop = false;
   auto counting = in_background([&] { return through.count_allocated(stop); });
-  CHECK(waits(counting));
+  disk.arrived.get_future().wait();
   must(through.flush());  // others are not kept waiting
   auto waiting = in_background([&] { through.wait_until_counted(disk); });
   CHECK(waits(waiting));

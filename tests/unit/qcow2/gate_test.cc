@@ -235,12 +235,12 @@ TEST_CASE_TEMPLATE("flushes that arrive during a flush share the next one", Kind
   must(d.disk->write(GuestOffset(2_MiB), pattern(3000, 1)));
   d.memory->counts().reset();
   const auto gate = d.gates->hold(Call::flush);
-  std::vector<std::future<Result<>>> flushes;
+  std::vector<Background<Result<>>> flushes;
   flushes.push_back(in_background([&] { return d.disk->flush(); }));
   gate->wait_for_arrival();
 
   for (int i = 0; i < 8; ++i) flushes.push_back(in_background([&] { return d.disk->flush(); }));
-  CHECK(waits(flushes.back()));
+  for (const auto& flush : flushes) CHECK(waits(flush));
 
   gate->open();
   for (auto& flush : flushes) must(flush.get());
