@@ -23,6 +23,7 @@ Result<> run_chain_job(control::Client& daemon, JobKind kind, const std::optiona
   // The daemon is in another directory.
   if (base && std::filesystem::exists(*base)) job_options.base = std::filesystem::absolute(*base);
   const char* const command = kind == JobKind::stream ? "stream" : "commit";
+  const Interruptions interruptions;
   IMG_LET(const control::Json answer, daemon.call(command, control::to_json(job_options)));
   const auto job = answer.at("job").get<uint64_t>();
   if (options.detach) {

@@ -93,17 +93,14 @@ Result<> check_no_job(control::Client& daemon) {
               job->target);
 }
 
-Result<uint64_t> start(control::Client& daemon, Request& request) {
+Result<> prepare(control::Client& daemon, Request& request, NewFile& created) {
   IMG_TRY(check_no_job(daemon));
   IMG_LET(const Json mounted, daemon.call("info"));
-  NewFile created(request.target);
   if (!request.use_existing) IMG_TRY(make_target(request, mounted, created));
   request.mirror.target = std::filesystem::absolute(request.target);
   if (request.complete) request.mirror.when_ready = WhenReady::complete;
   if (request.finish) request.mirror.when_ready = WhenReady::finish;
-  IMG_LET(const Json answer, daemon.call(request.kind(), control::to_json(request.mirror)));
-  created.keep();
-  return answer.at("job").get<uint64_t>();
+  return {};
 }
 
 Result<uint64_t> running_mirror(control::Client& daemon) {
@@ -124,7 +121,12 @@ Result<> give_order(control::Client& daemon, const Request& request, Io& io) {
 Result<> mirror(Request& request, Io& io) {
   IMG_LET(control::Client daemon, connect_to_daemon(request.mounted));
   if (request.target.empty()) return give_order(daemon, request, io);
-  IMG_LET(const uint64_t job, start(daemon, request));
+  NewFile created(request.target);
+  IMG_TRY(prepare(daemon, request, created));
+  const Interruptions interruptions;
+  IMG_LET(const Json answer, daemon.call(request.kind(), control::to_json(request.mirror)));
+  created.keep();
+  const auto job = answer.at("job").get<uint64_t>();
   if (request.detach) {
     io.out << fmt::format("job {}\n", job) << std::flush;
     return {};

@@ -1,9 +1,6 @@
 #include "watch_job.h"
 
-#include <signal.h>
-
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <thread>
 
@@ -22,28 +19,6 @@ Clock::duration time_to_next_look(Clock::time_point begin) {
 
 volatile sig_atomic_t signals_seen = 0;
 
-/// Counts signals that would end the process otherwise.
-class Interruptions {
- public:
-  Interruptions() {
-    signals_seen = 0;
-    struct sigaction count = {};
-    count.sa_handler = [](int) { signals_seen = signals_seen + 1; };
-    for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &count, &before_[i]);
-  }
-  ~Interruptions() {
-    for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &before_[i], nullptr);
-  }
-  Interruptions(const Interruptions&) = delete;
-  Interruptions& operator=(const Interruptions&) = delete;
-
-  bool any() const { return signals_seen > 0; }
-
- private:
-  static constexpr std::array<int, 3> kSignals = {SIGINT, SIGTERM, SIGHUP};
-  std::array<struct sigaction, 3> before_;
-};
-
 Result<JobStatus> status_of(control::Client& daemon, uint64_t id) {
   IMG_LET(const control::Json list, daemon.call("jobs"));
   for (const control::Json& json : list)
@@ -58,6 +33,19 @@ bool is_enough(const JobStatus& job, WatchUntil until) {
 }
 
 }  // namespace
+
+Interruptions::Interruptions() {
+  struct sigaction count = {};
+  count.sa_handler = [](int) { signals_seen = signals_seen + 1; };
+  for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &count, &before_[i]);
+}
+
+Interruptions::~Interruptions() {
+  for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &before_[i], nullptr);
+  signals_seen = 0;
+}
+
+bool Interruptions::any() const { return signals_seen > 0; }
 
 Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, IfInterrupted interrupted, Io& io,
                             ShowProgress show) {

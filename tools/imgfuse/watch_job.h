@@ -1,6 +1,9 @@
 // Waiting for a job in a daemon.
 #pragma once
 
+#include <signal.h>
+
+#include <array>
 #include <string>
 
 #include "control/client.h"
@@ -13,6 +16,22 @@ namespace imgfuse::tool {
 enum class WatchUntil { ready, over };
 /// What becomes of the job when the one who watches it is interrupted (SIGINT, SIGTERM, SIGHUP).
 enum class IfInterrupted { cancel, leave };
+
+/// While one lives, signals that would end the process are counted. Who starts a job that he will watch makes one
+/// first: an interruption always finds a watcher then.
+class Interruptions {
+ public:
+  Interruptions();
+  ~Interruptions();
+  Interruptions(const Interruptions&) = delete;
+  Interruptions& operator=(const Interruptions&) = delete;
+
+  bool any() const;
+
+ private:
+  static constexpr std::array<int, 3> kSignals = {SIGINT, SIGTERM, SIGHUP};
+  std::array<struct sigaction, 3> before_;
+};
 
 /// Shows the progress, and returns the job's status when it is ready or over, paused by an error, or cancelled by an
 /// interruption. One at a time in a process.
