@@ -56,8 +56,8 @@ class HeldRanks {
   static inline thread_local uint8_t counts_[kRanks] = {};
 };
 
-/// What is never held across I/O is free again sooner than a thread has gone to sleep and come back: a lock of that
-/// kind is tried for some microseconds before its holder is waited for.
+/// What is never held across I/O, as the higher ranks are with few exceptions, is free again sooner than a thread has
+/// gone to sleep and come back: it is tried for some microseconds before its holder is waited for.
 template <class Native>
 class CAPABILITY("mutex") RankedMutex {
  public:

@@ -71,7 +71,7 @@ class PatientSharedMutex {
     here.fetch_add(1);
     if (!closed_.load()) return;
     leave(here);
-    writers_.lock();  // behind who has it, and before who wants it
+    writers_.lock();  // nobody can close it meanwhile
     inside_.here().fetch_add(1);
     writers_.unlock();
   }

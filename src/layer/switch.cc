@@ -39,6 +39,13 @@ class Switch::SwitchedSnapshots final : public Snapshots {
     return fail(ErrorCode::unsupported, "there are no snapshots in {} images", owner_.disk_->info().format);
   }
 
+  Result<> apply(Snapshots& snapshots, const std::string& id_or_name) REQUIRES_SHARED(owner_.door_) {
+    IMG_TRY(owner_.check_no_job("apply a snapshot"));
+    IMG_TRY(snapshots.apply(id_or_name));
+    owner_.size_ = owner_.disk_->size();
+    return {};
+  }
+
   Result<std::vector<SnapshotInfo>> list() const override {
     return with([](Snapshots& s) { return s.list(); });
   }
@@ -46,12 +53,7 @@ class Switch::SwitchedSnapshots final : public Snapshots {
     return with([&](Snapshots& s) { return s.create(name); });
   }
   Result<> apply(const std::string& id_or_name) override {
-    return with([&](Snapshots& s) -> Result<> {
-      IMG_TRY(owner_.check_no_job("apply a snapshot"));
-      IMG_TRY(s.apply(id_or_name));
-      owner_.size_ = owner_.disk_->size();
-      return {};
-    });
+    return with([&](Snapshots& s) NO_THREAD_SAFETY_ANALYSIS { return apply(s, id_or_name); });
   }
   Result<> remove(const std::string& id_or_name) override {
     return with([&](Snapshots& s) { return s.remove(id_or_name); });

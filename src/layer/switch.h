@@ -61,7 +61,7 @@ class Switch : public Disk {
   template <class Call>
   Result<> counted(RequestCounter& counter, uint64_t bytes, Call call);
   /// What is not to happen while a job works on the disk.
-  Result<> check_no_job(const char* change) const;
+  Result<> check_no_job(const char* change) const REQUIRES_SHARED(door_);
 
   mutable SharedMutex door_{LockRank::door};  // who visits the disk shares it
   std::atomic<uint64_t> size_;
@@ -74,9 +74,8 @@ class Switch : public Disk {
   const std::unique_ptr<SwitchedBitmaps> bitmaps_;
   const std::unique_ptr<SwitchedCopy> background_copy_;
 
-  // Changed while nobody is inside, read by visitors.
-  Disk* disk_;
-  std::string job_;
+  Disk* disk_ GUARDED_BY(door_);
+  std::string job_ GUARDED_BY(door_);
 
   bool is_counting() EXCLUDES(counting_mutex_);
 
@@ -98,9 +97,9 @@ class [[nodiscard]] Standstill {
   Standstill& operator=(const Standstill&) = delete;
 
   /// Requests go there from now on.
-  void set_disk(Disk& disk) { switch_.disk_ = &disk; }
+  void set_disk(Disk& disk) NO_THREAD_SAFETY_ANALYSIS { switch_.disk_ = &disk; }
   /// Who works on the disk, for messages: it is not resized, and no snapshot is applied. Empty: nobody.
-  void set_job(std::string job) { switch_.job_ = std::move(job); }
+  void set_job(std::string job) NO_THREAD_SAFETY_ANALYSIS { switch_.job_ = std::move(job); }
   bool has_open_snapshots() const { return switch_.open_snapshots_ > 0; }
 
  private:

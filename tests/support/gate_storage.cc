@@ -3,13 +3,18 @@
 #include <fmt/format.h>
 
 #include <fstream>
+#include <stdexcept>
 #include <string>
 
 namespace imgfuse::test {
 
 void Gate::wait_for_arrival() {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(4);
   Lock lock(mutex_);
-  while (!arrived_) changed_.wait(lock);
+  while (!arrived_) {
+    if (std::chrono::steady_clock::now() > deadline) throw std::runtime_error("nobody has come to the gate");
+    changed_.wait_until(lock, deadline);
+  }
 }
 
 void Gate::open() {

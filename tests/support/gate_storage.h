@@ -1,4 +1,4 @@
-// GateStorage: holds a chosen call until the test lets it go.
+// Threads that wait: GateStorage holds a chosen call until the test lets it go; waits() tells when a thread sleeps.
 #pragma once
 
 #include <unistd.h>
@@ -96,7 +96,8 @@ auto in_background(F f) {
 std::optional<uint64_t> sleep_of(pid_t thread);
 
 /// Whether what runs in the background has come to a place where it waits for something: it sleeps, and goes on
-/// sleeping for a moment. The answer is the same however long the machine leaves a thread without a CPU.
+/// sleeping for a moment. A thread that the machine leaves without a CPU does not sleep; where it may wait for one that
+/// is left without, a "yes" may come too early.
 template <class T>
 bool waits(const Background<T>& background) {
   std::optional<uint64_t> before;

@@ -34,8 +34,9 @@ struct Order {
 Result<> give(Io& io, const Order& order) {
   IMG_LET(control::Client daemon, connect_to_daemon(order.mounted));
   if (order.action == "wait") {
+    const Interruptions interruptions;
     IMG_LET(const JobStatus status,
-            watch_job(daemon, order.job, WatchUntil::over, IfInterrupted::leave, io, order.show));
+            watch_job(daemon, order.job, WatchUntil::over, interruptions, IfInterrupted::leave, io, order.show));
     if (!is_over(status.state) && !status.error) return fail(ErrorCode::busy, "job {} goes on", order.job);
     return outcome_of(status);
   }

@@ -23,14 +23,16 @@ Result<> run_chain_job(control::Client& daemon, JobKind kind, const std::optiona
   // The daemon is in another directory.
   if (base && std::filesystem::exists(*base)) job_options.base = std::filesystem::absolute(*base);
   const char* const command = kind == JobKind::stream ? "stream" : "commit";
-  const Interruptions interruptions;
+  std::optional<Interruptions> interruptions;
+  if (!options.detach) interruptions.emplace();
   IMG_LET(const control::Json answer, daemon.call(command, control::to_json(job_options)));
   const auto job = answer.at("job").get<uint64_t>();
-  if (options.detach) {
+  if (!interruptions) {
     io.out << fmt::format("job {}\n", job) << std::flush;
     return {};
   }
-  IMG_LET(const JobStatus status, watch_job(daemon, job, WatchUntil::over, IfInterrupted::cancel, io, show));
+  IMG_LET(const JobStatus status,
+          watch_job(daemon, job, WatchUntil::over, *interruptions, IfInterrupted::cancel, io, show));
   return outcome_of(status);
 }
 

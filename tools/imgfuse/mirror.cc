@@ -114,7 +114,9 @@ Result<> give_order(control::Client& daemon, const Request& request, Io& io) {
   IMG_LET(const uint64_t job, running_mirror(daemon));
   IMG_TRY(daemon.call(fmt::format("job-{}", request.order()), {{"job", job}}));
   if (request.detach) return {};
-  IMG_LET(const JobStatus status, watch_job(daemon, job, WatchUntil::over, IfInterrupted::leave, io, request.show));
+  const Interruptions interruptions;
+  IMG_LET(const JobStatus status,
+          watch_job(daemon, job, WatchUntil::over, interruptions, IfInterrupted::leave, io, request.show));
   return request.cancel && status.state == JobState::cancelled ? Result<>() : outcome_of(status);
 }
 
@@ -123,17 +125,19 @@ Result<> mirror(Request& request, Io& io) {
   if (request.target.empty()) return give_order(daemon, request, io);
   NewFile created(request.target);
   IMG_TRY(prepare(daemon, request, created));
-  const Interruptions interruptions;
+  std::optional<Interruptions> interruptions;
+  if (!request.detach) interruptions.emplace();
   IMG_LET(const Json answer, daemon.call(request.kind(), control::to_json(request.mirror)));
   created.keep();
   const auto job = answer.at("job").get<uint64_t>();
-  if (request.detach) {
+  if (!interruptions) {
     io.out << fmt::format("job {}\n", job) << std::flush;
     return {};
   }
   const bool goes_on = request.order() == nullptr && !request.is_backup();
   const WatchUntil until = goes_on ? WatchUntil::ready : WatchUntil::over;
-  IMG_LET(const JobStatus status, watch_job(daemon, job, until, IfInterrupted::cancel, io, request.show));
+  IMG_LET(const JobStatus status,
+          watch_job(daemon, job, until, *interruptions, IfInterrupted::cancel, io, request.show));
   IMG_TRY(outcome_of(status));
   if (goes_on) io.out << fmt::format("job {} is ready\n", job) << std::flush;
   return {};

@@ -17,7 +17,7 @@ Clock::duration time_to_next_look(Clock::time_point begin) {
                                      std::chrono::milliseconds(50));
 }
 
-volatile sig_atomic_t signals_seen = 0;
+volatile sig_atomic_t interrupted_once = 0;
 
 Result<JobStatus> status_of(control::Client& daemon, uint64_t id) {
   IMG_LET(const control::Json list, daemon.call("jobs"));
@@ -35,23 +35,26 @@ bool is_enough(const JobStatus& job, WatchUntil until) {
 }  // namespace
 
 Interruptions::Interruptions() {
-  struct sigaction count = {};
-  count.sa_handler = [](int) { signals_seen = signals_seen + 1; };
-  for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &count, &before_[i]);
+  struct sigaction notice = {};
+  notice.sa_handler = [](int) { interrupted_once = 1; };
+  notice.sa_flags = static_cast<int>(SA_RESETHAND);
+  for (size_t i = 0; i < kSignals.size(); ++i) {
+    ::sigaction(kSignals[i], &notice, &before_[i]);
+    if (before_[i].sa_handler == SIG_IGN) ::sigaction(kSignals[i], &before_[i], nullptr);  // as nohup wants it
+  }
 }
 
 Interruptions::~Interruptions() {
   for (size_t i = 0; i < kSignals.size(); ++i) ::sigaction(kSignals[i], &before_[i], nullptr);
-  signals_seen = 0;
+  interrupted_once = 0;
 }
 
-bool Interruptions::any() const { return signals_seen > 0; }
+bool Interruptions::any() const { return interrupted_once != 0; }
 
-Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, IfInterrupted interrupted, Io& io,
-                            ShowProgress show) {
+Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, const Interruptions& interruptions,
+                            IfInterrupted interrupted, Io& io, ShowProgress show) {
   ProgressBar bar(io, show);
   const Progress progress = bar.all();
-  const Interruptions interruptions;
   const auto begin = Clock::now();
   bool cancelled = false;
   while (true) {

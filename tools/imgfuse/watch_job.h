@@ -17,8 +17,9 @@ enum class WatchUntil { ready, over };
 /// What becomes of the job when the one who watches it is interrupted (SIGINT, SIGTERM, SIGHUP).
 enum class IfInterrupted { cancel, leave };
 
-/// While one lives, signals that would end the process are counted. Who starts a job that he will watch makes one
-/// first: an interruption always finds a watcher then.
+/// While one lives, the first of each signal that would end the process is noticed; the second ends it. Who starts a
+/// job that he will watch makes one before: an interruption finds a watcher then, however early it comes. One at a
+/// time.
 class Interruptions {
  public:
   Interruptions();
@@ -34,9 +35,9 @@ class Interruptions {
 };
 
 /// Shows the progress, and returns the job's status when it is ready or over, paused by an error, or cancelled by an
-/// interruption. One at a time in a process.
-Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, IfInterrupted interrupted, Io& io,
-                            ShowProgress show);
+/// interruption.
+Result<JobStatus> watch_job(control::Client& daemon, uint64_t job, WatchUntil until, const Interruptions& interruptions,
+                            IfInterrupted interrupted, Io& io, ShowProgress show);
 
 /// The job's own error; one that says so if it was cancelled; nothing if all went well so far.
 Result<> outcome_of(const JobStatus& job);

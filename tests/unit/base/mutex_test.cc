@@ -1,10 +1,11 @@
 #include "base/mutex.h"
 
 #include <doctest/doctest.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -19,6 +20,14 @@ using test::waits;
 
 /// One whose waiters sleep, and one whose waiters try first.
 constexpr LockRank kRanks[] = {LockRank::door, LockRank::metadata};
+
+/// From here on the calling thread runs on that CPU alone, if it may.
+void run_on(long cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<size_t>(cpu), &set);
+  (void)::sched_setaffinity(0, sizeof set, &set);
+}
 
 TEST_CASE("shared mutex: who wants it alone waits for those who share it, who comes later for him") {
   for (const LockRank rank : kRanks) {
@@ -87,6 +96,22 @@ TEST_CASE("shared mutex: those who have it alone have it one after the other, an
 
     CHECK(!torn);
     CHECK(guarded == 8000);
+  }
+}
+
+TEST_CASE("shared mutex: who has been moved to another CPU leaves it there") {
+  const long cpus = ::sysconf(_SC_NPROCESSORS_ONLN);
+  for (const LockRank rank : kRanks) {
+    SharedMutex mutex(rank);
+    for (long first = 0; first < cpus; ++first) {
+      in_background([&] {
+        run_on(first);
+        mutex.lock_shared();
+        run_on((first + 1) % cpus);
+        mutex.unlock_shared();
+      }).get();
+    }
+    in_background([&] { const ExclusiveLock lock(mutex); }).get();
   }
 }
 

@@ -63,8 +63,11 @@ Result<std::unique_ptr<Disk>> open(std::shared_ptr<Storage> storage, const MemIm
 }
 
 struct Copied {
-  Copied(const std::string& format, CopyOptions options) : storage(std::make_shared<MemStorage>(overlay(format))) {
-    gates = std::make_shared<GateStorage>(storage);
+  explicit Copied(const std::string& format)
+      : storage(std::make_shared<MemStorage>(overlay(format))), gates(std::make_shared<GateStorage>(storage)) {}
+  Copied(const std::string& format, CopyOptions options) : Copied(format) { start(std::move(options)); }
+  /// From here on it may be copied at any time.
+  void start(CopyOptions options) {
     auto own_clock = std::make_unique<StepClock>();
     clock = own_clock.get();
     disk = std::make_unique<CopyingDisk>(must(open(gates)), std::move(options), std::move(own_clock));
@@ -296,8 +299,9 @@ TEST_CASE("prefetch: settings that no image should have do no harm") {
 }
 
 TEST_CASE("prefetch: closing stops it, and keeps what was copied") {
-  Copied c("fvd", everything());
+  Copied c("fvd");
   const auto gate = c.gates->hold(Call::write, Point::before, [](HostRange range) { return range.length == 1_MiB; });
+  c.start(everything());
   gate->wait_for_arrival();
   auto closing = in_background([&] { return c.disk->close(); });
   CHECK(waits(closing));

@@ -2,7 +2,8 @@
 
 #include <doctest/doctest.h>
 
-#include <thread>
+#include <atomic>
+#include <future>
 
 #include "../fuse/memory_snapshots.h"
 #include "imgfuse/background_copy.h"
