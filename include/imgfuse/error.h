@@ -21,6 +21,7 @@ enum class ErrorCode {
   read_only,    ///< a change was asked of something read-only
   not_found,    ///< a file or a name does not exist
   busy,         ///< somebody else has it locked
+  would_wait,   ///< the caller did not want to wait for a disk (base/no_wait.h)
 };
 
 /// One failure, in words for somebody with a broken image at night: what was found, where, what was expected.

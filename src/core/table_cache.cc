@@ -4,6 +4,8 @@
 #include <cassert>
 #include <cstring>
 
+#include "base/no_wait.h"
+
 namespace imgfuse {
 namespace {
 
@@ -31,12 +33,15 @@ Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
   for (bool may_flush = room == Room::flush_for_it && make_room_;; may_flush = false) {
     if (auto found = by_offset_.find(offset.bytes()); found != by_offset_.end()) {
       Table& table = *found->second;
+      if (table.loading && NoWait::current()) return NoWait::current()->miss();
       if (table.pins++ == 0 && !table.dirty && !table.frozen) idle_.erase(idle_.iterator_to(table));
       while (table.loading) loaded_.wait(lock);
       if (table.load_error) {
         Error error = *table.load_error;
         --table.pins;
         release_if_unused(table);
+        // Who loaded it did not want to wait.
+        if (error.code() == ErrorCode::would_wait && !NoWait::current()) continue;
         return fail(std::move(error));
       }
       hits_.add();

@@ -52,6 +52,8 @@ int errno_of(ErrorCode code) {
       return ENOENT;
     case ErrorCode::busy:
       return EBUSY;
+    case ErrorCode::would_wait:
+      return EAGAIN;
   }
   return EIO;
 }
@@ -61,8 +63,8 @@ Request::~Request() {
 }
 
 void Request::error(const Error& cause) {
-  const bool explained = cause.code() == ErrorCode::invalid || cause.code() == ErrorCode::read_only;
-  if (!explained) once_log.error(cause.text());
+  const auto is = [&](ErrorCode code) { return cause.code() == code; };
+  if (!is(ErrorCode::invalid) && !is(ErrorCode::read_only) && !is(ErrorCode::would_wait)) once_log.error(cause.text());
   error(errno_of(cause.code()));
 }
 

@@ -89,6 +89,17 @@ void RingEntry::answer(fuse_session* session) {
   header().payload_size = 0;
 }
 
+bool RingEntry::try_answer(fuse_session* session, NoWait& hurry) {
+  fuse_in_header in;
+  std::memcpy(&in, header().in_out, sizeof in);
+  const uint32_t payload_size = header().payload_size;
+  answer(session);
+  if (!hurry.missed()) return true;
+  std::memcpy(header().in_out, &in, sizeof in);
+  header().payload_size = payload_size;
+  return false;
+}
+
 std::optional<Bytes> RingEntry::room(size_t length) {
   if (current == nullptr || length > payload_room()) return std::nullopt;
   return Bytes(current->payload(), length);

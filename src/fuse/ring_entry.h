@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "base/no_wait.h"
 #include "fuse/kernel_abi.h"
 #include "imgfuse/error.h"
 #include "imgfuse/storage.h"
@@ -38,6 +39,8 @@ class RingEntry {
 
   /// Has the session's handlers answer the request; one that they do not answer, or that makes no sense, gets EIO.
   void answer(fuse_session* session);
+  /// The same for a READ, without waiting for a disk: false if it would have to, and is as if it had not been asked.
+  bool try_answer(fuse_session* session, NoWait& hurry);
 
   /// In a handler: where an answer of that many bytes can be made so that it is not copied. None where the request came
   /// by another way.

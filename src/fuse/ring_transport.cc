@@ -28,14 +28,20 @@
 namespace imgfuse::fuse {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using Clock = NoWait::Clock;
 
 /// Requests of one CPU that are under way at once.
-constexpr unsigned kDepth = 16;
+constexpr unsigned kDepth = 24;
+/// Threads for those of them that wait for a disk.
+constexpr unsigned kHelpers = 16;
 /// What a mount without rings may need: images of a chain, control connections, threads' own /dev/fuse.
 constexpr rlim_t kOtherFiles = 64;
-/// An answer of so many bytes is not kept back until those behind it are made.
+/// An answer of so many bytes is not kept back until those behind it are made. What is missing of it a helper reads.
 constexpr uint32_t kLarge = 64 << 10;
+/// Parts that are brought into memory for one request before a helper reads it.
+constexpr unsigned kMaxFetches = 4;
+/// Marks, beside the entry, that a part came for it.
+constexpr uint64_t kFetched = 1;
 
 /// How it is told that an answer had to wait for a disk: it took long; and, for one more system call, that the thread
 /// slept, rather than lost its CPU to another one.
@@ -48,13 +54,14 @@ long times_slept() {
   return usage.ru_nvcsw;
 }
 
-/// Answers it, and says whether that had to wait for a disk.
-bool answer_watched(fuse_session* session, RingEntry& entry, Watch watch) {
-  constexpr auto kLong = std::chrono::microseconds(300);
+/// Calls it to answer so many bytes, and says whether that had to wait for a disk.
+template <class Answer>
+bool watch_answer(Watch watch, uint32_t length, Answer answer) {
+  constexpr auto kLong = std::chrono::microseconds(50);
   const long slept = watch == Watch::sleep ? times_slept() : 0;
   const auto begun = Clock::now();
-  const auto per_byte = std::chrono::nanoseconds(entry.length());
-  entry.answer(session);
+  const auto per_byte = std::chrono::nanoseconds(length);
+  answer();
   if (Clock::now() - begun <= kLong + per_byte) return false;
   return watch == Watch::time || times_slept() != slept;
 }
@@ -117,7 +124,7 @@ class RingTransport::Queue {
     ring_made_ = true;
     wake_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (!wake_) return fail(ErrorCode::io, "eventfd: {}", strerror(errno));
-    for (RingEntry& entry : entries_) IMG_TRY(entry.make());
+    for (Entry& entry : entries_) IMG_TRY(entry.make());
     return {};
   }
 
@@ -140,6 +147,13 @@ class RingTransport::Queue {
   }
 
  private:
+  /// And what is known of a READ in it.
+  struct Entry : RingEntry {
+    Clock::time_point begun;
+    unsigned fetches = 0;
+  };
+  class Fetcher;
+
   void wake() {
     const uint64_t one = 1;
     (void)!::write(wake_.get(), &one, sizeof one);
@@ -191,7 +205,7 @@ class RingTransport::Queue {
     // Debian's liburing 2.3 has lost io_uring_enable_rings().
     if (::syscall(__NR_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0) < 0)
       return log_warning("io_uring: the ring of CPU {} cannot be used", number_);
-    for (RingEntry& entry : entries_) command(abi::kRegister, entry, 0);
+    for (Entry& entry : entries_) command(abi::kRegister, entry, 0);
     wait_for_wake();
     while (!left()) {
       const int submitted = io_uring_submit_and_wait(&ring_, 1);
@@ -205,8 +219,8 @@ class RingTransport::Queue {
     }
   }
 
-  /// The connection has ended, or all is to end; nothing of ours is with a helper.
-  bool left() const { return (ending_ || waiting_ == 0) && with_helpers_ == 0; }
+  /// The connection has ended, or all is to end; nothing of ours is with a helper or waits for a disk.
+  bool left() const { return (ending_ || waiting_ == 0) && with_helpers_ == 0 && fetching_ == 0; }
 
   void take(fuse_session* session, Helpers& helpers, uint64_t user_data, int result) {
     if (user_data == 0) {
@@ -215,28 +229,83 @@ class RingTransport::Queue {
       commit_done();
       return wait_for_wake();
     }
-    RingEntry& entry = *reinterpret_cast<RingEntry*>(user_data);
+    Entry& entry = static_cast<Entry&>(*reinterpret_cast<RingEntry*>(user_data & ~kFetched));
+    if (user_data & kFetched) {
+      --fetching_;
+      return take_read(session, helpers, entry);  // whatever came of it: who reads sees
+    }
     --waiting_;
     if (result < 0) {
       if (result != -ENOTCONN && result != -ECONNABORTED && result != -ECANCELED && !ending_)
         log_warning("FUSE over io_uring, CPU {}: {}", number_, strerror(-result));
       return;
     }
-    if (is_slow(entry)) {
-      ++with_helpers_;
-      return helpers.add(*this, entry);
+    if (is_slow(entry)) return have_helped(helpers, entry);
+    if (entry.opcode() == FUSE_READ) {
+      entry.begun = Clock::now();
+      entry.fetches = 0;
+      return take_read(session, helpers, entry);
     }
-    const bool slow = answer_here(session, entry);
-    const bool large = entry.length() >= kLarge;
-    commit(entry);
-    if (slow || large) io_uring_submit(&ring_);  // others of the batch may take as long
+    const bool slow = watch_here(entry, [&] { entry.answer(session); });
+    commit(entry, slow);
+  }
+
+  /// Reads what is in memory. What is not is fetched, and the request taken again when it has come; or a helper reads.
+  void take_read(fuse_session* session, Helpers& helpers, Entry& entry) {
+    Fetcher fetcher(*this, entry);
+    NoWait hurry(fetcher, entry.begun);
+    bool answered = false;
+    const auto answer = [&] { answered = entry.try_answer(session, hurry); };
+    bool slow = false;
+    if (reads_may_wait_)
+      slow = watch_here(entry, answer);
+    else
+      answer();
+    reads_may_wait_ = hurry.may_have_waited();
+    if (answered) return commit(entry, slow);
+    if (!fetcher.fetches()) have_helped(helpers, entry);
+  }
+
+  class Fetcher final : public NoWait::Fetcher {
+   public:
+    Fetcher(Queue& queue, Entry& entry) : queue_(queue), entry_(entry) {}
+    bool fetches() const { return fetches_; }
+    void fetch(int file, uint64_t offset, size_t length) override {
+      if (fetches_ || length >= kLarge || entry_.fetches == kMaxFetches) return;
+      ++entry_.fetches;
+      queue_.fetch(entry_, file, offset + length - 1);
+      fetches_ = true;
+    }
+
+   private:
+    Queue& queue_;
+    Entry& entry_;
+    bool fetches_ = false;
+  };
+
+  /// The host has begun to read the part when it found it missing; its last byte comes when all has come. Handed in at
+  /// once: the file may be closed soon, and its number be another file's.
+  void fetch(RingEntry& entry, int file, uint64_t last) {
+    io_uring_sqe* const sqe = next_sqe();
+    std::memset(static_cast<void*>(sqe), 0, 2 * sizeof *sqe);
+    io_uring_prep_read(sqe, file, &fetched_, 1, last);
+    sqe->user_data = reinterpret_cast<uint64_t>(&entry) | kFetched;
+    ++fetching_;
+    io_uring_submit(&ring_);
+    if (io_uring_sq_ready(&ring_) > 0) sqe->opcode = IORING_OP_NOP;  // the kernel has no memory: later, then
+  }
+
+  void have_helped(Helpers& helpers, RingEntry& entry) {
+    ++with_helpers_;
+    helpers.add(*this, entry);
   }
 
   /// The first answer that takes long has those behind it watched; if one of them sleeps, helpers take over.
-  bool answer_here(fuse_session* session, RingEntry& entry) {
+  template <class Answer>
+  bool watch_here(const RingEntry& entry, Answer answer) {
     const Watch watch = watched_ > 0 ? Watch::sleep : Watch::time;
     if (watched_ > 0) --watched_;
-    const bool slow = answer_watched(session, entry, watch);
+    const bool slow = watch_answer(watch, entry.length(), answer);
     if (slow) watched_ = kDepth;
     if (slow && watch == Watch::sleep) slow_ = kDepth;
     return slow;
@@ -246,6 +315,8 @@ class RingTransport::Queue {
   bool is_slow(const RingEntry& entry) {
     switch (entry.opcode()) {
       case FUSE_READ:
+        if (!reads_may_wait_) return false;
+        [[fallthrough]];
       case FUSE_WRITE:
         if (slow_ == 0) return false;
         --slow_;
@@ -263,6 +334,12 @@ class RingTransport::Queue {
   }
 
   void commit(RingEntry& entry) { command(abi::kCommitAndFetch, entry, entry.commit_id()); }
+  /// Of a batch, the others of which may take as long if this one did.
+  void commit(RingEntry& entry, bool slow) {
+    const bool large = entry.length() >= kLarge;
+    commit(entry);
+    if (slow || large) io_uring_submit(&ring_);
+  }
 
   void commit_done() {
     std::vector<Done> done;
@@ -287,14 +364,17 @@ class RingTransport::Queue {
   bool ring_made_ = false;
   UniqueFd wake_;
   int fd_ = -1;
-  std::array<RingEntry, kDepth> entries_;
+  std::array<Entry, kDepth> entries_;
   std::thread thread_;
   std::atomic<bool> ending_ = false;
   // The thread's own:
   size_t waiting_ = 0;  // entries that the kernel has
   size_t with_helpers_ = 0;
-  unsigned watched_ = 0;  // so many requests more are watched
-  unsigned slow_ = 0;     // so many requests more go to helpers
+  size_t fetching_ = 0;          // entries for which a part is fetched
+  std::byte fetched_ = {};       // what is read then, which nobody looks at
+  bool reads_may_wait_ = false;  // the last one might have
+  unsigned watched_ = 0;         // so many requests more are watched
+  unsigned slow_ = 0;            // so many requests more go to helpers
 
   Mutex mutex_;
   std::vector<Done> done_ GUARDED_BY(mutex_);
@@ -310,8 +390,9 @@ void RingTransport::Helpers::work(fuse_session* session) {
       next = work_.front();
       work_.pop_front();
     }
-    const bool slow = answer_watched(session, *next.entry, Watch::sleep);
-    next.queue->answered(*next.entry, slow);
+    RingEntry& entry = *next.entry;
+    const bool slow = watch_answer(Watch::sleep, entry.length(), [&] { entry.answer(session); });
+    next.queue->answered(entry, slow);
   }
 }
 
@@ -339,7 +420,7 @@ Result<std::unique_ptr<RingTransport>> RingTransport::make() {
 
 void RingTransport::start(fuse_session* session) {
   fd_ = UniqueFd(::fcntl(fuse_session_fd(session), F_DUPFD_CLOEXEC, 0));
-  helpers_ = std::make_unique<Helpers>(kDepth, session);
+  helpers_ = std::make_unique<Helpers>(kHelpers, session);
   for (const std::unique_ptr<Queue>& queue : queues_) queue->start(session, fd_.get(), *helpers_);
 }
 

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "base/no_wait.h"
 #include "layer/forwarding.h"
 
 namespace imgfuse::layer {
@@ -161,12 +162,14 @@ DiskStatistics Switch::statistics() const {
   return statistics;
 }
 
-/// The time before the door counts too.
+/// The time before the door counts too, and what a request that must not wait is asked for again.
 template <class Call>
 Result<> Switch::counted(RequestCounter& counter, uint64_t bytes, Call call) {
-  const auto begin = std::chrono::steady_clock::now();
+  const NoWait* const hurried = NoWait::current();
+  const auto begin = hurried != nullptr ? hurried->since() : std::chrono::steady_clock::now();
   const SharedLock visit(door_);
   Result<> result = call(*disk_);
+  if (!result && result.error().code() == ErrorCode::would_wait) return result;
   counter.add(bytes, result.has_value(), std::chrono::steady_clock::now() - begin);
   return result;
 }

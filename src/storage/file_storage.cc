@@ -10,6 +10,7 @@
 
 #include "base/buffer.h"
 #include "base/math.h"
+#include "base/no_wait.h"
 
 namespace imgfuse {
 namespace {
@@ -85,7 +86,9 @@ Result<std::shared_ptr<FileStorage>> FileStorage::adopt(UniqueFd fd, std::string
 }
 
 Result<> FileStorage::read(HostOffset offset, Bytes out) {
-  return direct_ ? direct_->read(offset.bytes(), out) : file_.read(offset.bytes(), out);
+  if (!direct_) return file_.read(offset.bytes(), out);
+  if (NoWait::current()) return NoWait::current()->miss();  // the page cache has nothing of it
+  return direct_->read(offset.bytes(), out);
 }
 
 Result<> FileStorage::write(HostOffset offset, std::span<const ConstBytes> parts) {

@@ -11,6 +11,8 @@
 #include <climits>
 #include <cstring>
 
+#include "base/no_wait.h"
+
 namespace imgfuse {
 namespace {
 
@@ -108,12 +110,28 @@ void HostFile::grow(uint64_t end) {
   }
 }
 
+/// One system call, or two once.
+ssize_t HostFile::read_some(uint64_t offset, Bytes out) {
+  const auto at = static_cast<off_t>(offset);
+  if (NoWait* const hurried = NoWait::current()) {
+    if (knows_absent_.load(std::memory_order_relaxed)) {
+      const iovec part = {out.data(), out.size()};
+      const ssize_t n = preadv2(fd_.get(), &part, 1, at, RWF_NOWAIT);
+      if (n >= 0 || errno != EOPNOTSUPP) return n;
+      knows_absent_ = false;
+    }
+    hurried->note_blind_read();
+  }
+  return pread(fd_.get(), out.data(), out.size(), at);
+}
+
 Result<> HostFile::read(uint64_t offset, Bytes out) {
   const HostRange range{HostOffset(offset), out.size()};
   while (!out.empty()) {
     reads_.add();
-    const ssize_t n = pread(fd_.get(), out.data(), out.size(), static_cast<off_t>(offset));
+    const ssize_t n = read_some(offset, out);
     if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EAGAIN && NoWait::current()) return NoWait::current()->miss(fd(), offset, out.size());
     if (n < 0) return fail(error(errno, "read", range));
     const size_t got = static_cast<size_t>(n);
     out = out.subspan(got);

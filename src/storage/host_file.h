@@ -50,7 +50,7 @@ class HostFile {
   uint64_t end() const { return end_.load(std::memory_order_acquire); }
   FileCounts counts() const { return {reads_.get(), writes_.get(), flushes_.get()}; }
 
-  /// What lies past the end of the file reads as zeros.
+  /// What lies past the end of the file reads as zeros. Heeds NoWait, without O_DIRECT.
   Result<> read(uint64_t offset, Bytes out);
   Result<> write(uint64_t offset, std::span<const ConstBytes> parts);
   /// fallocate(2): its errno, 0 when it succeeded.
@@ -67,11 +67,13 @@ class HostFile {
 
  private:
   void grow(uint64_t end);
+  ssize_t read_some(uint64_t offset, Bytes out);
 
   const UniqueFd fd_;
   const std::string name_;
   uint32_t block_ = 1;
   std::atomic<uint64_t> end_;
+  std::atomic<bool> knows_absent_ = true;  // until the host says that it cannot tell what is in memory
   Counter reads_;
   Counter writes_;
   Counter flushes_;

@@ -5,7 +5,7 @@ import re
 import subprocess
 import unittest
 
-from harness import IMGFUSE, MiB, ImageCase, attempt, pattern, punch_hole, run, wait_until
+from harness import IMGFUSE, MiB, ImageCase, attempt, pattern, punch_hole, run
 from test_snapshots import Control, socket_of
 
 READING, WRITING = ('pread64', 'preadv', 'preadv2'), ('pwrite64', 'pwritev', 'pwritev2')
@@ -24,19 +24,7 @@ class Passthrough(ImageCase):
 
     def calls(self, mount, names, work):
         """How many of the system calls the daemon makes during `work`."""
-        log = self.path('strace.log')
-        with subprocess.Popen(['strace', '-f', '-qq', '-e', 'trace=' + ','.join(names), '-o', log, '-p', str(mount.pid)],
-                              stderr=subprocess.PIPE, text=True) as tracer:
-            self.wait_until_traced(mount)
-            work()
-            tracer.terminate()
-            tracer.wait(20)
-        return len(re.findall(r'^\d+ +(?:%s)\(' % '|'.join(names), log.read_text(), re.MULTILINE))
-
-    def wait_until_traced(self, mount):
-        tasks = '/proc/%d/task' % mount.pid
-        wait_until(lambda: all('TracerPid:\t0' not in open('%s/%s/status' % (tasks, t), encoding='utf-8').read()
-                               for t in os.listdir(tasks)))
+        return len(re.findall(r'^\d+ +(?:%s)\(' % '|'.join(names), self.trace(mount, names, work), re.MULTILINE))
 
     def test_buffered_reads_and_writes_of_a_raw_image_make_no_requests(self):
         image = self.raw(size=16 * MiB)

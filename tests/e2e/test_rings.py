@@ -1,11 +1,14 @@
 """FUSE over io_uring: the same requests by another way. Needs Linux 6.14, whose module has to be told to allow it."""
+import mmap
+import os
+import re
 import resource
 import signal
 import subprocess
 import unittest
 from pathlib import Path
 
-from harness import IMGFUSE, ImageCase, by_scale, pattern, run, wait_until
+from harness import IMGFUSE, ImageCase, by_scale, imgfuse_json, pattern, run, wait_until
 from test_fio import Verify
 
 PARAMETER = Path('/sys/module/fuse/parameters/enable_uring')
@@ -73,6 +76,51 @@ class Rings(RingCase):
         self.assertEqual(content, bytes(wanted))
         mount.unmount()
         self.assert_clean(image)
+
+    def cold_reads(self, *options):
+        """Mounts an image of which nothing is in memory; what strace sees of 2000 reads of 4 KiB, 16 at once."""
+        image, source, data = self.path('disk.qcow2'), self.path('source.img'), pattern(64 << 20, 3)
+        source.write_bytes(data)
+        run('qemu-img', 'convert', '-O', 'qcow2', source, image)
+        mount = self.mount(image, *options)
+        self.forget_pages(image)
+        calls = self.trace(mount, ['pread64', 'preadv2'], lambda: run(
+            'fio', '--name=cold', '--filename=%s' % mount.disk, '--direct=1', '--ioengine=libaio', '--rw=randread',
+            '--bs=4k', '--iodepth=16', '--number_ios=2000', '--size=64M'))
+        self.forget_pages(image)
+        fd = os.open(mount.disk, os.O_RDONLY | os.O_DIRECT)
+        room = mmap.mmap(-1, 64 << 20)
+        length = os.preadv(fd, [room], 0)
+        os.close(fd)
+        self.assertEqual(room[:length], data)
+        return mount, calls
+
+    def forget_pages(self, image):
+        fd = os.open(image, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+    def test_a_ring_does_not_wait_for_a_disk(self):
+        mount, calls = self.cold_reads()
+        misses = re.findall(r'preadv2\(.*RWF_NOWAIT\) += -1 EAGAIN', calls)
+        self.assertGreater(len(misses), 200)  # the others lay beside one that was read before
+        waiting = re.findall(r'pread64\(', calls)
+        self.assertLess(len(waiting), 50)
+        requests = imgfuse_json('status', '--json', mount.point)['statistics']['reads']['requests']
+        self.assertGreaterEqual(requests, 2000)
+        mount.unmount()
+
+    def test_a_ring_has_others_wait_for_a_disk_without_a_page_cache(self):
+        mount, calls = self.cold_reads('--cache=none')
+        readers = re.findall(r'^(\d+) +pread64\(', calls, re.MULTILINE)
+        self.assertGreaterEqual(len(readers), 2000)
+        rings = {int(task.name) for task in Path('/proc/%d/task' % mount.pid).iterdir()
+                 if len(os.sched_getaffinity(int(task.name))) == 1}
+        self.assertGreater(len(rings), 0)
+        self.assertEqual([reader for reader in readers if int(reader) in rings], [])
+        mount.unmount()
 
     def test_a_killed_daemon_leaves_no_request_waiting(self):
         image = self.qcow2('disk.qcow2', '4G')

@@ -309,6 +309,18 @@ class ImageCase(unittest.TestCase):
         run('losetup', '--detach', device)
         wait_until(lambda: attempt('losetup', device).status != 0, what='the detaching of ' + device)
 
+    def trace(self, mount, names, work):
+        """What strace writes of these system calls of the daemon during `work`."""
+        log, tasks = self.path('strace.log'), '/proc/%d/task' % mount.pid
+        with subprocess.Popen(['strace', '-f', '-qq', '-e', 'trace=' + ','.join(names), '-o', log, '-p', str(mount.pid)],
+                              stderr=subprocess.PIPE, text=True) as tracer:
+            wait_until(lambda: all('TracerPid:\t0' not in open('%s/%s/status' % (tasks, task), encoding='utf-8').read()
+                                   for task in os.listdir(tasks)), what='strace to attach')
+            work()
+            tracer.terminate()
+            tracer.wait(20)
+        return log.read_text()
+
     # Claims
 
     def assert_clean(self, image, format=None):

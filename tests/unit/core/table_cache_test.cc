@@ -8,6 +8,7 @@
 #include "support/gate_storage.h"
 #include "support/mem_storage.h"
 #include "support/must.h"
+#include "support/noted_fetches.h"
 
 using namespace imgfuse;
 using namespace imgfuse::test;
@@ -49,6 +50,44 @@ TEST_CASE("TableCache: a table is read once while it stays") {
   CHECK(first_byte(must(cache.pin(table(3)))) == std::byte(3));
 
   CHECK(storage->counts().reads == 1);
+}
+
+TEST_CASE("TableCache: who does not want to wait has nobody wait in vain") {
+  /// Nothing is in memory.
+  class ColdStorage : public InterceptedStorage {
+   public:
+    using InterceptedStorage::InterceptedStorage;
+
+   private:
+    Result<> before(Call, HostRange) override { return NoWait::current() ? NoWait::current()->miss() : Result<>{}; }
+  };
+  auto storage = numbered_tables(4);
+  GateStorage gated(std::make_shared<ColdStorage>(storage));
+  TableCache cache(gated, kTable, 0);
+  NotedFetches fetches;
+  const auto hurried = [&] {
+    NoWait hurry(fetches, NoWait::Clock::now());
+    const auto pin = cache.pin(table(2));
+    return !pin && pin.error().code() == ErrorCode::would_wait && hurry.missed();
+  };
+
+  auto gate = gated.hold(Call::read);
+  auto first = in_background(hurried);
+  gate->wait_for_arrival();
+  auto second = in_background([&] { return first_byte(must(cache.pin(table(2)))); });
+  CHECK(waits(second));
+  gate->open();
+  CHECK(first.get());
+  CHECK(second.get() == std::byte(2));  // which it loaded itself
+  CHECK(storage->counts().reads == 1);
+
+  cache.drop({HostOffset(0), 4 * kTable});
+  gate = gated.hold(Call::read);
+  auto loader = in_background([&] { return first_byte(must(cache.pin(table(2)))); });
+  gate->wait_for_arrival();
+  CHECK(hurried());  // at once, while another one loads it
+  gate->open();
+  CHECK(loader.get() == std::byte(2));
 }
 
 TEST_CASE("TableCache: two threads that miss the same table load it once and get the same one") {

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "support/noted_fetches.h"
+
 namespace imgfuse::fuse {
 namespace {
 
@@ -22,6 +24,7 @@ constexpr size_t kLargest = 1 << 20;
 struct Seen {
   std::string written;
   bool answers = true;
+  bool in_memory = true;
   std::byte* room = nullptr;
   size_t outside = 0;  ///< bytes that went the way of /dev/fuse
 };
@@ -31,6 +34,11 @@ Seen& seen(void* userdata) { return *static_cast<Seen*>(userdata); }
 void read(fuse_req_t request, fuse_ino_t, size_t length, off_t offset, fuse_file_info*) {
   if (!seen(fuse_req_userdata(request)).answers) {
     fuse_reply_none(request);
+    return;
+  }
+  if (!seen(fuse_req_userdata(request)).in_memory) {
+    (void)NoWait::current()->miss(7, static_cast<uint64_t>(offset), length);
+    fuse_reply_err(request, EAGAIN);
     return;
   }
   const auto room = RingEntry::room(length);
@@ -162,6 +170,31 @@ TEST_CASE("fuse ring entry: a read is answered in place") {
     CHECK(session.seen().outside == 0);
     CHECK(!RingEntry::room(1));  // outside a handler
   }
+}
+
+TEST_CASE("fuse ring entry: a read that would wait is as if it had not been asked") {
+  FakeSession session;
+  Filled filled;
+  test::NotedFetches fetches;
+  session.seen().in_memory = false;
+  filled.request(FUSE_READ, read_of(2, 4096));
+  for (int i = 0; i < 3; ++i) {
+    NoWait hurry(fetches, NoWait::Clock::now());
+    CHECK(!filled.entry().try_answer(session.get(), hurry));
+    CHECK(filled.entry().opcode() == FUSE_READ);
+    CHECK(filled.entry().length() == 4096);
+    CHECK(filled.entry().commit_id() == 99);
+    CHECK(filled.payload().empty());
+  }
+  CHECK(fetches.parts == std::vector<test::NotedFetches::Part>(3, {7, 2, 4096}));
+
+  session.seen().in_memory = true;
+  NoWait hurry(fetches, NoWait::Clock::now());
+  CHECK(filled.entry().try_answer(session.get(), hurry));
+  CHECK(filled.out().error == 0);
+  CHECK(filled.out().unique == 77);
+  CHECK(filled.payload() == std::string(4096, 'c'));
+  CHECK(session.seen().outside == 0);
 }
 
 TEST_CASE("fuse ring entry: a write's data comes whole") {

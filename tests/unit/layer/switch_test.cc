@@ -10,6 +10,7 @@
 #include "layer/forwarding.h"
 #include "support/gate_storage.h"
 #include "support/must.h"
+#include "support/noted_fetches.h"
 #include "support/random.h"
 
 namespace imgfuse::layer {
@@ -82,6 +83,40 @@ TEST_CASE("switch: a request in flight ends before the disk is exchanged") {
   must(flush.get());
   must(through.flush());
   CHECK(other.flushes() == 1);
+}
+
+TEST_CASE("switch: a request that is asked for again is one request, and took all that time") {
+  class ColdDisk : public Forwarding {
+   public:
+    using Forwarding::Forwarding;
+    bool cold = true;
+
+   private:
+    Result<> do_read(GuestOffset offset, Bytes out) override {
+      if (NoWait* const hurry = NoWait::current(); cold && hurry) return hurry->miss();
+      return below().read(offset, out);
+    }
+  };
+  MemoryDisk disk(kSize);
+  ColdDisk cold(disk);
+  Switch through(cold);
+  test::NotedFetches fetches;
+  const auto first_asked = NoWait::Clock::now() - std::chrono::seconds(1);
+  std::vector<std::byte> out(512);
+  const auto ask = [&] {
+    NoWait hurry(fetches, first_asked);
+    return through.read(GuestOffset(0), out);
+  };
+  CHECK(ask().error().code() == ErrorCode::would_wait);
+  CHECK(through.statistics().reads.requests == 0);
+  CHECK(through.statistics().reads.failed == 0);
+
+  cold.cold = false;
+  must(ask());
+  const RequestStatistics reads = through.statistics().reads;
+  CHECK(reads.requests == 1);
+  CHECK(reads.failed == 0);
+  CHECK(reads.latencies[20] + reads.latencies[21] + reads.latencies[22] == 1);  // a second is 2^20 us
 }
 
 TEST_CASE("switch: while a job runs nothing is resized and no snapshot applied") {

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <climits>
@@ -10,6 +11,7 @@
 #include <thread>
 
 #include "support/must.h"
+#include "support/noted_fetches.h"
 #include "support/random.h"
 #include "unit/storage/host.h"
 
@@ -102,6 +104,60 @@ TEST_CASE("file storage: reading one piece inside the file is one host call") {
   CHECK(storage->counts().reads == 2);
   read_back(*storage, (1 << 20) - 100, 4096);  // across the end
   CHECK(storage->counts().reads == 3);
+}
+
+TEST_CASE("file storage: who does not want to wait gets what is in memory, and hears what is not") {
+  constexpr size_t kPart = 64_KiB;
+  for (const std::string& parent : file_systems()) {
+    CAPTURE(parent);
+    const TempDir dir(parent);
+    const auto content = pattern(4 * kPart, 1);
+    write_file(dir / "file", content);
+    auto storage = must(FileStorage::open(dir / "file", {}));
+    REQUIRE(fsync(storage->fd()) == 0);
+    REQUIRE(posix_fadvise(storage->fd(), 0, 0, POSIX_FADV_RANDOM) == 0);  // nothing is read ahead
+    REQUIRE(posix_fadvise(storage->fd(), 0, 0, POSIX_FADV_DONTNEED) == 0);
+    read_back(*storage, 0, kPart);
+
+    std::byte probe{};
+    const iovec part = {&probe, 1};
+    const bool knows = preadv2(storage->fd(), &part, 1, 0, RWF_NOWAIT) == 1;
+    NotedFetches fetches;
+    std::vector<std::byte> out(2 * kPart);
+    {
+      NoWait hurry(fetches, NoWait::Clock::now());
+      CHECK(storage->read(HostOffset(0), Bytes(out).first(kPart)).has_value());
+      CHECK(!hurry.missed());
+      const Result<> read = storage->read(HostOffset(kPart / 2), out);
+      CHECK(hurry.may_have_waited() == !knows);
+      CHECK(hurry.missed() == knows);
+      if (knows) {
+        REQUIRE(!read);
+        CHECK(read.error().code() == ErrorCode::would_wait);
+        CHECK(fetches.parts == std::vector<NotedFetches::Part>{{storage->fd(), kPart, out.size() - kPart / 2}});
+      }
+    }
+    must(storage->read(HostOffset(kPart / 2), out));  // waits
+    CHECK(std::equal(out.begin(), out.end(), content.begin() + kPart / 2));
+    NoWait hurry(fetches, NoWait::Clock::now());
+    CHECK(storage->read(HostOffset(kPart / 2), out).has_value());
+    CHECK(std::equal(out.begin(), out.end(), content.begin() + kPart / 2));
+    CHECK(read_back(*storage, 4 * kPart, 2) == zeros(2));  // behind the end
+    CHECK(!hurry.missed());
+  }
+}
+
+TEST_CASE("file storage: who does not want to wait hears that O_DIRECT has to") {
+  const TempDir dir("/var/tmp");
+  make_file(dir / "file", 64_KiB);
+  auto storage = must(FileStorage::open(dir / "file", {.cache = CacheMode::none}));
+  NotedFetches fetches;
+  NoWait hurry(fetches, NoWait::Clock::now());
+  std::vector<std::byte> out(4096);
+  CHECK(storage->read(HostOffset(0), out).error().code() == ErrorCode::would_wait);
+  CHECK(hurry.missed());
+  CHECK(fetches.parts.empty());
+  CHECK(storage->counts().reads == 0);
 }
 
 TEST_CASE("file storage: the parts of a write go out together, however many there are") {
