@@ -110,19 +110,49 @@ void HostFile::grow(uint64_t end) {
   }
 }
 
-/// One system call, or two once.
+HostFile::~HostFile() {
+  const int scattered = scattered_fd_;
+  if (scattered >= 0 && scattered != fd()) ::close(scattered);
+}
+
+int HostFile::scattered_fd() {
+  if (const int known = scattered_fd_.load(std::memory_order_acquire); known >= 0) return known;
+  UniqueFd second(open(fmt::format("/proc/self/fd/{}", fd()).c_str(), O_RDONLY | O_CLOEXEC));
+  const bool advised = second && posix_fadvise(second.get(), 0, 0, POSIX_FADV_RANDOM) == 0;
+  int none = -1;
+  const int wanted = advised ? second.get() : fd();
+  if (!scattered_fd_.compare_exchange_strong(none, wanted)) return none;  // another thread was faster
+  if (advised) (void)second.release();
+  return wanted;
+}
+
+/// The host reads ahead when it finds neighbours in memory, some MiB perhaps: of a file that is read all over the place
+/// it does so the more often, the more of it is there.
+void HostFile::note_miss(uint64_t offset, size_t length) {
+  const int wanted = misses_.note(offset, length) ? scattered_fd() : fd();
+  if (small_reads_fd_.load(std::memory_order_relaxed) != wanted) small_reads_fd_ = wanted;
+}
+
+/// One system call if the bytes are in memory. Small reads that have to wait are noted.
 ssize_t HostFile::read_some(uint64_t offset, Bytes out) {
+  constexpr size_t kSmall = 64 << 10;
   const auto at = static_cast<off_t>(offset);
-  if (NoWait* const hurried = NoWait::current()) {
-    if (knows_absent_.load(std::memory_order_relaxed)) {
-      const iovec part = {out.data(), out.size()};
-      const ssize_t n = preadv2(fd_.get(), &part, 1, at, RWF_NOWAIT);
-      if (n >= 0 || errno != EOPNOTSUPP) return n;
-      knows_absent_ = false;
-    }
-    hurried->note_blind_read();
+  NoWait* const hurried = NoWait::current();
+  const bool direct = block_ != 1;
+  const bool small = !direct && out.size() < kSmall;
+  const int from = small ? small_reads_fd_.load(std::memory_order_relaxed) : fd();
+  if ((small || hurried) && knows_absent_.load(std::memory_order_relaxed)) {
+    const iovec part = {out.data(), out.size()};
+    const ssize_t n = preadv2(from, &part, 1, at, RWF_NOWAIT);
+    if (n >= 0) return n;
+    const int cause = errno;
+    if (cause == EOPNOTSUPP) knows_absent_ = false;
+    if (cause == EAGAIN && small) note_miss(offset, out.size());
+    errno = cause;
+    if (cause == EAGAIN && hurried) return n;
   }
-  return pread(fd_.get(), out.data(), out.size(), at);
+  if (hurried) hurried->note_blind_read();
+  return pread(from, out.data(), out.size(), at);
 }
 
 Result<> HostFile::read(uint64_t offset, Bytes out) {

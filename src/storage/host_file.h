@@ -12,6 +12,7 @@
 #include "base/per_cpu.h"
 #include "base/unique_fd.h"
 #include "imgfuse/storage.h"
+#include "storage/access_pattern.h"
 
 namespace imgfuse {
 
@@ -40,10 +41,14 @@ struct FileCounts {
 /// Reads and writes at byte offsets, without regard to alignment: that is DirectIo's. Any thread; all calls block.
 ///
 /// The end of the file is kept in memory and grows by our own writes only, since the image lock keeps others from
-/// changing it; so a read costs exactly one system call.
+/// changing it; so a read costs exactly one system call. Where small reads are scattered, the host does not read ahead.
 class HostFile {
  public:
-  HostFile(UniqueFd fd, std::string name, uint64_t end) : fd_(std::move(fd)), name_(std::move(name)), end_(end) {}
+  HostFile(UniqueFd fd, std::string name, uint64_t end)
+      : fd_(std::move(fd)), name_(std::move(name)), end_(end), small_reads_fd_(fd_.get()) {}
+  ~HostFile();
+  HostFile(const HostFile&) = delete;
+  HostFile& operator=(const HostFile&) = delete;
 
   int fd() const { return fd_.get(); }
   const std::string& name() const { return name_; }
@@ -68,12 +73,17 @@ class HostFile {
  private:
   void grow(uint64_t end);
   ssize_t read_some(uint64_t offset, Bytes out);
+  void note_miss(uint64_t offset, size_t length);
+  int scattered_fd();
 
   const UniqueFd fd_;
   const std::string name_;
   uint32_t block_ = 1;
   std::atomic<uint64_t> end_;
   std::atomic<bool> knows_absent_ = true;  // until the host says that it cannot tell what is in memory
+  AccessPattern misses_;
+  std::atomic<int> scattered_fd_ = -1;  // the same file, of which the host reads nothing ahead; -1: not opened so far
+  std::atomic<int> small_reads_fd_;     // that one or fd_
   Counter reads_;
   Counter writes_;
   Counter flushes_;

@@ -1,13 +1,17 @@
 #include "storage/file_storage.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <csignal>
+#include <numeric>
+#include <random>
 #include <thread>
 
 #include "support/must.h"
@@ -145,6 +149,35 @@ TEST_CASE("file storage: who does not want to wait gets what is in memory, and h
     CHECK(read_back(*storage, 4 * kPart, 2) == zeros(2));  // behind the end
     CHECK(!hurry.missed());
   }
+}
+
+TEST_CASE("file storage: of a file that is read all over the place the host reads no more than is wanted") {
+  const TempDir dir("/var/tmp");
+  constexpr size_t kPage = 4096;
+  constexpr size_t kPages = 32_MiB / kPage;
+  const auto content = pattern(kPages * kPage, 1);
+  write_file(dir / "file", content);
+  auto storage = must(FileStorage::open(dir / "file", {}));
+  REQUIRE(fsync(storage->fd()) == 0);
+  REQUIRE(posix_fadvise(storage->fd(), 0, 0, POSIX_FADV_DONTNEED) == 0);
+
+  std::vector<uint64_t> order(kPages);
+  std::iota(order.begin(), order.end(), uint64_t{0});
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(1));
+  order.resize(kPages / 2);
+  for (const uint64_t page : order) {
+    const auto read = read_back(*storage, page * kPage, kPage);
+    REQUIRE(std::equal(read.begin(), read.end(), content.begin() + static_cast<ptrdiff_t>(page * kPage)));
+  }
+
+  void* const memory = mmap(nullptr, kPages * kPage, PROT_READ, MAP_SHARED, storage->fd(), 0);
+  REQUIRE(memory != MAP_FAILED);
+  std::vector<unsigned char> present(kPages);
+  REQUIRE(mincore(memory, kPages * kPage, present.data()) == 0);
+  munmap(memory, kPages * kPage);
+  const auto pages = std::count_if(present.begin(), present.end(), [](unsigned char page) { return page & 1; });
+  CHECK(pages >= static_cast<ptrdiff_t>(order.size()));
+  CHECK(pages < static_cast<ptrdiff_t>(order.size() + 300));
 }
 
 TEST_CASE("file storage: who does not want to wait hears that O_DIRECT has to") {
