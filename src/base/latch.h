@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cassert>
 #include <optional>
 #include <utility>
 
@@ -23,6 +24,7 @@ class Latch {
 
   /// Keeps the first error and logs it; later ones change nothing.
   void set(const Error& error) {
+    assert(error.code() != ErrorCode::would_wait);
     Lock lock(mutex_);
     if (error_) return;
     log_error("{}; no more writes until the image is opened again", error.text());

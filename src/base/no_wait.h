@@ -11,8 +11,8 @@ namespace imgfuse {
 
 /// While it lives, reads of host files by this thread fail with ErrorCode::would_wait where they would have to wait for
 /// a disk. For a thread that has others to serve meanwhile: it asks again when what was missing has come, or has
-/// another thread ask that may wait. Only for requests that change nothing. A file system that cannot tell whether a
-/// read would wait makes it wait all the same.
+/// another thread ask that may wait. Only for requests that change nothing. Locks and leases are waited for as ever,
+/// and a file system that cannot tell whether a read would wait makes it wait all the same.
 class NoWait {
  public:
   using Clock = std::chrono::steady_clock;

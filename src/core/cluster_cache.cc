@@ -4,6 +4,8 @@
 #include <atomic>
 #include <limits>
 
+#include "base/no_wait.h"
+
 namespace imgfuse {
 namespace {
 
@@ -51,13 +53,14 @@ ClusterCache::Content ClusterCache::find(Key key, uint64_t length) {
   return wait_for(key, length, lock);
 }
 
-/// Null if nobody has it, or who inflated it failed.
+/// Null if nobody has it, who inflated it failed, or the caller does not want to wait.
 ClusterCache::Content ClusterCache::wait_for(Key key, uint64_t length, Lock& lock) {
   for (Entry* entry = touch(key, length); entry; entry = touch(key, length)) {
     if (entry->content) {
       ++statistics_.hits;
       return entry->content;
     }
+    if (NoWait::current()) return nullptr;
     inflated_.wait(lock);
   }
   return nullptr;
@@ -66,6 +69,7 @@ ClusterCache::Content ClusterCache::wait_for(Key key, uint64_t length, Lock& loc
 Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t size, const Inflate& inflate) {
   Lock lock(mutex_);
   if (Content content = wait_for(key, length, lock)) return content;
+  if (NoWait::current() && touch(key, length)) return NoWait::current()->miss();  // another thread is at it
   const auto entry = std::make_shared<Entry>();
   entry->key = key;
   entry->length = length;
@@ -73,7 +77,6 @@ Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t
   if (const auto other = entries_.find(key); other != entries_.end()) erase(other);  // of another length
   entries_[key] = entry;
   longest_stream_ = std::max(longest_stream_, length);
-  ++statistics_.inflated;
 
   lock.unlock();
   auto content = std::make_shared_for_overwrite<std::byte[]>(size);
@@ -82,6 +85,7 @@ Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t
   inflated_.notify_all();
   const auto at = entries_.find(key);
   const bool dropped = at == entries_.end() || at->second != entry;
+  if (done || done.error().code() != ErrorCode::would_wait) ++statistics_.inflated;
   if (!done) {
     if (!dropped) erase(at);
     return fail(std::move(done).error());

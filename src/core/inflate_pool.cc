@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/math.h"
+#include "base/no_wait.h"
 
 namespace imgfuse {
 namespace {
@@ -21,6 +22,13 @@ constexpr uint64_t kOutOfOrder = 1_MiB;
 unsigned InflatePool::default_threads() { return std::clamp(std::thread::hardware_concurrency(), 2u, 4u); }
 
 Result<> InflatePool::run(GuestRange request, size_t count, const Job& job) {
+  if (NoWait* const hurried = NoWait::current()) {
+    if (count > 1) return hurried->miss();  // to be shared with threads that may wait
+    IMG_TRY(job(0));
+    const Lock lock(mutex_);
+    note(request);
+    return {};
+  }
   Batch batch(job, count);
   Lock lock(mutex_);
   batches_.push_back(batch);

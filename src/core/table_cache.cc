@@ -49,6 +49,7 @@ Result<TableCache::Pin> TableCache::pin(HostOffset offset, Room room) {
     }
     if (!has_room() && !idle_.empty()) evict_one();
     if (has_room() || !may_flush || dirty_count_ == 0) return load(offset);
+    if (NoWait::current()) return NoWait::current()->miss();
     lock.unlock();
     make_room_();
     lock.lock();
@@ -62,7 +63,6 @@ Result<TableCache::Pin> TableCache::load(HostOffset offset) {
   table->loading = true;
   by_offset_.emplace(offset.bytes(), table);
   ++count_;
-  ++statistics_.loads;
 
   mutex_.unlock();
   auto content = std::make_shared_for_overwrite<std::byte[]>(table_bytes_);
@@ -72,6 +72,7 @@ Result<TableCache::Pin> TableCache::load(HostOffset offset) {
   table->content = std::move(content);
   table->loading = false;
   loaded_.notify_all();
+  if (read || read.error().code() != ErrorCode::would_wait) ++statistics_.loads;
   if (read) return Pin(*this, *table);
   table->load_error = read.error();
   if (table->attached) detach(*table);

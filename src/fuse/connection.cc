@@ -50,6 +50,9 @@ ssize_t Connection::write_answer(int fd, iovec* parts, int count, void* userdata
 }
 
 void Connection::make_rings() {
+  // When a daemon with rings dies, the kernel ends the connection a little later: after fusermount3 has seen that the
+  // daemon is gone, has found the mount alive, and left it.
+  if (options_.auto_unmount) return cannot(options_.rings == Rings::on, "FUSE over io_uring", "auto_unmount");
   auto made = RingTransport::make();
   if (made)
     rings_ = std::move(*made);

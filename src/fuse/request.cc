@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "base/mutex.h"
+#include "base/no_wait.h"
 
 namespace imgfuse::fuse {
 namespace {
@@ -64,7 +65,8 @@ Request::~Request() {
 
 void Request::error(const Error& cause) {
   const auto is = [&](ErrorCode code) { return cause.code() == code; };
-  if (!is(ErrorCode::invalid) && !is(ErrorCode::read_only) && !is(ErrorCode::would_wait)) once_log.error(cause.text());
+  const bool asked_again = is(ErrorCode::would_wait) && NoWait::current();
+  if (!is(ErrorCode::invalid) && !is(ErrorCode::read_only) && !asked_again) once_log.error(cause.text());
   error(errno_of(cause.code()));
 }
 

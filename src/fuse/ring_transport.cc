@@ -5,6 +5,7 @@
 #include <liburing.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
@@ -38,6 +39,8 @@ constexpr unsigned kHelpers = 16;
 constexpr rlim_t kOtherFiles = 64;
 /// An answer of so many bytes is not kept back until those behind it are made. What is missing of it a helper reads.
 constexpr uint32_t kLarge = 64 << 10;
+/// So many reads are watched after one of a file whose host cannot tell what is in memory.
+constexpr unsigned kManyReads = 1000;
 /// Parts that are brought into memory for one request before a helper reads it.
 constexpr unsigned kMaxFetches = 4;
 /// Marks, beside the entry, that a part came for it.
@@ -202,6 +205,7 @@ class RingTransport::Queue {
 
   void serve(fuse_session* session, Helpers& helpers) {
     bind_to_cpu();
+    ::pthread_setname_np(::pthread_self(), fmt::format("ring {}", number_).c_str());
     // Debian's liburing 2.3 has lost io_uring_enable_rings().
     if (::syscall(__NR_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0) < 0)
       return log_warning("io_uring: the ring of CPU {} cannot be used", number_);
@@ -257,11 +261,14 @@ class RingTransport::Queue {
     bool answered = false;
     const auto answer = [&] { answered = entry.try_answer(session, hurry); };
     bool slow = false;
-    if (reads_may_wait_)
+    if (blind_ > 0)
       slow = watch_here(entry, answer);
     else
       answer();
-    reads_may_wait_ = hurry.may_have_waited();
+    if (hurry.may_have_waited())
+      blind_ = kManyReads;
+    else if (blind_ > 0)
+      --blind_;
     if (answered) return commit(entry, slow);
     if (!fetcher.fetches()) have_helped(helpers, entry);
   }
@@ -315,7 +322,7 @@ class RingTransport::Queue {
   bool is_slow(const RingEntry& entry) {
     switch (entry.opcode()) {
       case FUSE_READ:
-        if (!reads_may_wait_) return false;
+        if (blind_ == 0) return false;
         [[fallthrough]];
       case FUSE_WRITE:
         if (slow_ == 0) return false;
@@ -370,17 +377,18 @@ class RingTransport::Queue {
   // The thread's own:
   size_t waiting_ = 0;  // entries that the kernel has
   size_t with_helpers_ = 0;
-  size_t fetching_ = 0;          // entries for which a part is fetched
-  std::byte fetched_ = {};       // what is read then, which nobody looks at
-  bool reads_may_wait_ = false;  // the last one might have
-  unsigned watched_ = 0;         // so many requests more are watched
-  unsigned slow_ = 0;            // so many requests more go to helpers
+  size_t fetching_ = 0;     // entries for which a part is fetched
+  std::byte fetched_ = {};  // what is read then, which nobody looks at
+  unsigned blind_ = 0;      // so many reads more may wait without a word
+  unsigned watched_ = 0;    // so many requests more are watched
+  unsigned slow_ = 0;       // so many requests more go to helpers
 
   Mutex mutex_;
   std::vector<Done> done_ GUARDED_BY(mutex_);
 };
 
 void RingTransport::Helpers::work(fuse_session* session) {
+  ::pthread_setname_np(::pthread_self(), "ring helper");
   for (;;) {
     Work next;
     {

@@ -17,7 +17,9 @@ namespace imgfuse::fuse {
 /// back by RingEntry::take_answer().
 ///
 /// Each queue has a thread that is bound to its CPU, since what is answered where it was asked needs no wake-up of
-/// another CPU. Requests that are likely to wait for a disk go to helper threads, which the queues share.
+/// another CPU. A read whose bytes are not in memory waits in the same ring until the host has them, and holds up no
+/// other (base/no_wait.h). Requests that are likely to wait for a disk otherwise go to helper threads, which the queues
+/// share.
 ///
 ///     make() ──► the kernel agrees (handshake.h) ──► start() ──► stop()
 class RingTransport {

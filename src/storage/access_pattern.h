@@ -18,6 +18,7 @@ class AccessPattern {
   bool note(uint64_t offset, size_t length) {
     unsigned jumps = jumps_.load(std::memory_order_relaxed);
     if (std::atomic<uint64_t>* const stream = find_stream(offset)) {
+      if (stream->load(std::memory_order_relaxed) == offset + length) return jumps >= kMany;  // the same one again
       stream->store(offset + length, std::memory_order_relaxed);
       jumps -= std::min(jumps, kWeight);
     } else {

@@ -133,35 +133,37 @@ void HostFile::note_miss(uint64_t offset, size_t length) {
   if (small_reads_fd_.load(std::memory_order_relaxed) != wanted) small_reads_fd_ = wanted;
 }
 
-/// One system call if the bytes are in memory. Small reads that have to wait are noted.
-ssize_t HostFile::read_some(uint64_t offset, Bytes out) {
-  constexpr size_t kSmall = 64 << 10;
+/// pread(2) that fails with EAGAIN if the thread does not want to wait. Small reads that have to are noted.
+ssize_t HostFile::read_some(int from, uint64_t offset, Bytes out) {
   const auto at = static_cast<off_t>(offset);
-  NoWait* const hurried = NoWait::current();
-  const bool direct = block_ != 1;
-  const bool small = !direct && out.size() < kSmall;
-  const int from = small ? small_reads_fd_.load(std::memory_order_relaxed) : fd();
+  const bool small = is_small(out.size());
+  NoWait* const hurried = is_direct() ? nullptr : NoWait::current();
   if ((small || hurried) && knows_absent_.load(std::memory_order_relaxed)) {
     const iovec part = {out.data(), out.size()};
+    reads_.add();
     const ssize_t n = preadv2(from, &part, 1, at, RWF_NOWAIT);
-    if (n >= 0) return n;
-    const int cause = errno;
+    if (n > 0 || (n == 0 && offset >= end())) return n;
+    const int cause = n < 0 ? errno : EAGAIN;  // Linux 5.9 and 5.10 say 0 for it
     if (cause == EOPNOTSUPP) knows_absent_ = false;
     if (cause == EAGAIN && small) note_miss(offset, out.size());
-    errno = cause;
-    if (cause == EAGAIN && hurried) return n;
+    if (cause == EAGAIN && hurried) {
+      errno = cause;
+      return -1;
+    }
   }
   if (hurried) hurried->note_blind_read();
+  reads_.add();
   return pread(from, out.data(), out.size(), at);
 }
 
 Result<> HostFile::read(uint64_t offset, Bytes out) {
   const HostRange range{HostOffset(offset), out.size()};
   while (!out.empty()) {
-    reads_.add();
-    const ssize_t n = read_some(offset, out);
+    const int from = is_small(out.size()) ? small_reads_fd_.load(std::memory_order_relaxed) : fd();
+    const ssize_t n = read_some(from, offset, out);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && errno == EAGAIN && NoWait::current()) return NoWait::current()->miss(fd(), offset, out.size());
+    if (n < 0 && errno == EAGAIN && NoWait::current())
+      return NoWait::current()->miss(from, offset, std::min(out.size(), end() - offset));
     if (n < 0) return fail(error(errno, "read", range));
     const size_t got = static_cast<size_t>(n);
     out = out.subspan(got);

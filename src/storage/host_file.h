@@ -41,7 +41,8 @@ struct FileCounts {
 /// Reads and writes at byte offsets, without regard to alignment: that is DirectIo's. Any thread; all calls block.
 ///
 /// The end of the file is kept in memory and grows by our own writes only, since the image lock keeps others from
-/// changing it; so a read costs exactly one system call. Where small reads are scattered, the host does not read ahead.
+/// changing it; so a read of what is in memory costs exactly one system call. Where small reads are scattered, the host
+/// does not read ahead.
 class HostFile {
  public:
   HostFile(UniqueFd fd, std::string name, uint64_t end)
@@ -72,7 +73,9 @@ class HostFile {
 
  private:
   void grow(uint64_t end);
-  ssize_t read_some(uint64_t offset, Bytes out);
+  bool is_direct() const { return block_ != 1; }
+  bool is_small(size_t read) const { return !is_direct() && read < (64 << 10); }
+  ssize_t read_some(int from, uint64_t offset, Bytes out);
   void note_miss(uint64_t offset, size_t length);
   int scattered_fd();
 

@@ -184,7 +184,8 @@ class Qcow2Disk::Strict {
 /// Ends a request: one that met damaged metadata ends all writing.
 template <class R>
 R Qcow2Disk::note(R result) {
-  if (result || !image_.damaged || read_only_ || marked_corrupt_.exchange(true)) return result;
+  if (result || result.error().code() == ErrorCode::would_wait) return result;
+  if (!image_.damaged || read_only_ || marked_corrupt_.exchange(true)) return result;
   const Result<> marked = mark_corrupt();
   latch_.set(marked ? result.error() : marked.error());
   return result;

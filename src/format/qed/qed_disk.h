@@ -99,7 +99,8 @@ class QedDisk final : public Disk, private Flusher::Client {
 /// until it is opened again. QED has no bit that would tell the next one.
 template <class R>
 R QedDisk::note(R result) {
-  if (!result && image_.damaged && !read_only_) latch_.set(result.error());
+  if (result || result.error().code() == ErrorCode::would_wait) return result;
+  if (image_.damaged && !read_only_) latch_.set(result.error());
   return result;
 }
 

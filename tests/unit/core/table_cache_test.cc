@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "support/cold_storage.h"
 #include "support/fault_storage.h"
 #include "support/gate_storage.h"
 #include "support/mem_storage.h"
@@ -53,14 +54,6 @@ TEST_CASE("TableCache: a table is read once while it stays") {
 }
 
 TEST_CASE("TableCache: who does not want to wait has nobody wait in vain") {
-  /// Nothing is in memory.
-  class ColdStorage : public InterceptedStorage {
-   public:
-    using InterceptedStorage::InterceptedStorage;
-
-   private:
-    Result<> before(Call, HostRange) override { return NoWait::current() ? NoWait::current()->miss() : Result<>{}; }
-  };
   auto storage = numbered_tables(4);
   GateStorage gated(std::make_shared<ColdStorage>(storage));
   TableCache cache(gated, kTable, 0);
@@ -80,6 +73,7 @@ TEST_CASE("TableCache: who does not want to wait has nobody wait in vain") {
   CHECK(first.get());
   CHECK(second.get() == std::byte(2));  // which it loaded itself
   CHECK(storage->counts().reads == 1);
+  CHECK(cache.statistics().loads == 1);
 
   cache.drop({HostOffset(0), 4 * kTable});
   gate = gated.hold(Call::read);

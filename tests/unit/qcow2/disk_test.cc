@@ -6,7 +6,9 @@
 #include "base/math.h"
 #include "format/qcow2/qcow2_disk.h"
 #include "support/builders.h"
+#include "support/cold_storage.h"
 #include "support/model_disk.h"
+#include "support/noted_fetches.h"
 #include "support/qcow2_view.h"
 
 namespace imgfuse::test {
@@ -131,6 +133,41 @@ TEST_CASE_TEMPLATE("a discard leaves the clusters alone that it covers in part",
   CHECK(all_zero(read_all(*disk.disk, GuestOffset(begin), end - begin)));
   CHECK(read_all(*disk.disk, GuestOffset(end), data.size() - end) == part(data, end, data.size() - end));
   must(disk->close());
+}
+
+TEST_CASE("qcow2: a read that does not want to wait does not end writing, whatever it has seen of damage") {
+  auto memory = std::make_shared<MemStorage>(make_qcow2({.size = 1_GiB}));
+  auto storage = std::make_shared<ColdStorage>(memory);
+  {
+    auto disk = must(open_qcow2(memory));
+    must(disk->write(GuestOffset(0), pattern(2 * kCluster)));
+    must(disk->write(GuestOffset(512_MiB), pattern(512)));
+    must(disk->close());
+  }
+  // The second cluster is behind the first one, and another table.
+  const auto references = Qcow2View::parse(memory->image())->references();
+  const auto cluster_of = [&](Owner::Kind kind, uint64_t index) {
+    const auto owned = [&](const Reference& r) { return r.owner.kind == kind && r.owner.index == index; };
+    return std::find_if(references.begin(), references.end(), owned)->cluster;
+  };
+  const uint64_t other = cluster_of(Owner::Kind::l2_table, 1);
+  const be<uint64_t> entries[] = {be<uint64_t>((other - 1) * kCluster | uint64_t{1} << 63),
+                                  be<uint64_t>(other * kCluster | uint64_t{1} << 63)};
+  must(memory->write(HostOffset(cluster_of(Owner::Kind::l2_table, 0) * kCluster), std::as_bytes(std::span(entries))));
+  auto disk = must(open_qcow2(storage));
+  (void)read_all(*disk, GuestOffset(0), 512);  // the table is in memory now
+  {
+    NotedFetches fetches;
+    NoWait hurry(fetches, NoWait::Clock::now());
+    std::vector<std::byte> out(2 * kCluster);
+    CHECK(disk->read(GuestOffset(0), out).error().code() == ErrorCode::would_wait);
+  }
+  must(disk->write(GuestOffset(0), pattern(512, 2)));
+  must(disk->flush());
+  std::vector<std::byte> bytes(512);
+  CHECK_FALSE(disk->read(GuestOffset(kCluster), bytes));
+  CHECK_FALSE(disk->write(GuestOffset(0), pattern(512, 3)));
+  CHECK_FALSE(disk->close());
 }
 
 TEST_CASE("qcow2: a discard gives host space back with the next flush") {

@@ -5,6 +5,8 @@
 
 #include "format/qed/header.h"
 #include "qed_bytes.h"
+#include "support/cold_storage.h"
+#include "support/noted_fetches.h"
 
 namespace imgfuse::test {
 namespace {
@@ -171,6 +173,26 @@ TEST_CASE("qed: after damage is met nothing more is written, and reads go on") {
   CHECK_FALSE(disk->flush());
   CHECK(read_all(*disk, GuestOffset(0), 512) == pattern(512, 1));
   CHECK_FALSE(disk->close());
+}
+
+TEST_CASE("qed: a read that does not want to wait does not end writing, whatever it has seen of damage") {
+  QedSample s;
+  s.set_l2(0, QedSample::kData + 2 * kCluster);  // the last one
+  s.set_l2(1, QedSample::kData + 3 * kCluster);
+  s.set_l2(3, 0);
+  auto storage = std::make_shared<ColdStorage>(std::make_shared<MemStorage>(s.image));
+  auto disk = must(open_image(storage));
+  must(disk->write(GuestOffset(0), pattern(512, 1)));
+  {
+    NotedFetches fetches;
+    NoWait hurry(fetches, NoWait::Clock::now());
+    std::vector<std::byte> out(2 * kCluster);
+    CHECK(disk->read(GuestOffset(0), out).error().code() == ErrorCode::would_wait);
+  }
+  must(disk->write(GuestOffset(0), pattern(512, 2)));
+  must(disk->flush());
+  CHECK(read_all(*disk, GuestOffset(0), 512) == pattern(512, 2));
+  must(disk->close());
 }
 
 TEST_CASE("qed: a hostile header does not make opening or checking take memory or time") {

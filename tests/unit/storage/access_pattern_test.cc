@@ -29,6 +29,9 @@ TEST_CASE("access pattern: reads all over a large file are scattered, one behind
   CHECK(scattered(pattern, 4, anywhere) == 0);  // a few jumps are nothing yet
   CHECK(scattered(pattern, 1000, anywhere) > 980);
   CHECK(scattered(pattern, 1000, in_order) < 10);
+  CHECK(scattered(pattern, 1000, anywhere) > 980);
+  CHECK(scattered(pattern, 1000, [](int) { return 3_GiB; }) == 1000);  // one that is tried again is one
+  CHECK(scattered(pattern, 1000, in_order) < 10);
   CHECK(scattered(pattern, 10, [](int i) { return 1_GiB - 3 * i * kRead; }) == 0);  // backwards, with gaps
 }
 
