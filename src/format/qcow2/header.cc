@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <span>
 
 #include "base/buffer.h"
@@ -335,7 +336,10 @@ bool probe(ConstBytes first_bytes) {
   return magic == wire::kMagic && version >= 2;
 }
 
-Result<Header> read_header(Storage& storage, Purpose purpose) {
+namespace {
+
+/// Nothing if who has the image open has replaced the header meanwhile, so that its parts do not belong together.
+Result<std::optional<Header>> try_read_header(Storage& storage, Purpose purpose) {
   IMG_LET(const uint64_t file_size, storage.size());
   wire::Header raw;
   IMG_TRY(storage.read(HostOffset(0), bytes_of(raw)));
@@ -345,6 +349,7 @@ Result<Header> read_header(Storage& storage, Purpose purpose) {
 
   Buffer cluster(header.cluster_size());
   IMG_TRY(storage.read(HostOffset(0), cluster.bytes()));
+  if (std::memcmp(cluster.bytes().data(), &raw, sizeof raw) != 0) return std::nullopt;
   const uint64_t name_offset = raw.backing_name_offset;
   const uint64_t extensions_end = name_offset != 0 ? name_offset : header.cluster_size();
   auto extensions = read_extensions(
@@ -373,6 +378,17 @@ Result<Header> read_header(Storage& storage, Purpose purpose) {
   }
   IMG_TRY(check_for(purpose, header, file_size));
   return header;
+}
+
+}  // namespace
+
+Result<Header> read_header(Storage& storage, Purpose purpose) {
+  constexpr unsigned kTries = 10;
+  for (unsigned i = 0; i < kTries; ++i) {
+    IMG_LET(std::optional<Header> header, try_read_header(storage, purpose));
+    if (header) return *std::move(header);
+  }
+  return fail(ErrorCode::busy, "the header was changed {} times while it was read", kTries);
 }
 
 Result<std::vector<std::byte>> encode_header(const Header& header) {

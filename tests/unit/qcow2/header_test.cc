@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "bytes.h"
+#include "format/qcow2/header_update.h"
 #include "support/builders.h"
+#include "support/intercepted_storage.h"
 
 using namespace imgfuse;
 using namespace imgfuse::test;
@@ -52,6 +54,32 @@ MemImage rewritten(const MemImage& image, const Header& header) {
 }
 
 }  // namespace
+
+TEST_CASE("qcow2 header: one that is replaced while it is read is read again") {
+  /// Who has the image open makes and takes away a mark, which moves the name of the backing file, beside each read.
+  class ReplacedMeanwhile final : public InterceptedStorage {
+   public:
+    using InterceptedStorage::InterceptedStorage;
+    unsigned times = 0;
+
+   private:
+    void after(Call call, HostRange) override {
+      if (call != Call::read || times == 0) return;
+      --times;
+      Header header = must(qcow2::read_header(inner(), Purpose::info));
+      header.counts_ahead = !header.counts_ahead;
+      must(qcow2::replace_header(inner(), header));
+    }
+  };
+  ReplacedMeanwhile storage(std::make_shared<MemStorage>(make_qcow2({.backing = "base.raw"})));
+  for (const unsigned times : {1u, 2u, 3u, 4u, 15u}) {
+    CAPTURE(times);
+    storage.times = times;
+    CHECK(must(qcow2::read_header(storage, Purpose::info)).backing_name == "base.raw");
+  }
+  storage.times = 1000;
+  CHECK(qcow2::read_header(storage, Purpose::info).error().code() == ErrorCode::busy);
+}
 
 TEST_CASE("qcow2 header: what create wrote is read back") {
   const Header header = must(read(make_qcow2({.size = 1_GiB, .cluster_size = 4096, .refcount_bits = 2})));
