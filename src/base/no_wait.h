@@ -62,4 +62,10 @@ class NoWait {
   static inline thread_local NoWait* current_ = nullptr;
 };
 
+/// Whether it says nothing of the request but that it has to be asked for again.
+template <class T>
+bool would_wait(const Result<T>& result) {
+  return !result && result.error().code() == ErrorCode::would_wait;
+}
+
 }  // namespace imgfuse

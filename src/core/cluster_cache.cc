@@ -85,7 +85,7 @@ Result<ClusterCache::Content> ClusterCache::get(Key key, uint64_t length, size_t
   inflated_.notify_all();
   const auto at = entries_.find(key);
   const bool dropped = at == entries_.end() || at->second != entry;
-  if (done || done.error().code() != ErrorCode::would_wait) ++statistics_.inflated;
+  if (!would_wait(done)) ++statistics_.inflated;
   if (!done) {
     if (!dropped) erase(at);
     return fail(std::move(done).error());

@@ -72,7 +72,7 @@ Result<TableCache::Pin> TableCache::load(HostOffset offset) {
   table->content = std::move(content);
   table->loading = false;
   loaded_.notify_all();
-  if (read || read.error().code() != ErrorCode::would_wait) ++statistics_.loads;
+  if (!would_wait(read)) ++statistics_.loads;
   if (read) return Pin(*this, *table);
   table->load_error = read.error();
   if (table->attached) detach(*table);

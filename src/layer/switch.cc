@@ -169,7 +169,7 @@ Result<> Switch::counted(RequestCounter& counter, uint64_t bytes, Call call) {
   const auto begin = hurried != nullptr ? hurried->since() : std::chrono::steady_clock::now();
   const SharedLock visit(door_);
   Result<> result = call(*disk_);
-  if (!result && result.error().code() == ErrorCode::would_wait && hurried) return result;
+  if (would_wait(result) && hurried) return result;
   counter.add(bytes, result.has_value(), std::chrono::steady_clock::now() - begin);
   return result;
 }

@@ -1,22 +1,19 @@
 // A storage of which nothing is in memory.
 #pragma once
 
-#include <atomic>
-
 #include "base/no_wait.h"
 #include "support/intercepted_storage.h"
 
 namespace imgfuse::test {
 
-/// Who does not want to wait gets nothing from it while it is cold.
+/// Who does not want to wait gets nothing from it.
 class ColdStorage final : public InterceptedStorage {
  public:
   using InterceptedStorage::InterceptedStorage;
-  std::atomic<bool> cold = true;
 
  private:
   Result<> before(Call call, HostRange) override {
-    if (NoWait* const hurried = NoWait::current(); hurried && cold && call == Call::read) return hurried->miss();
+    if (NoWait* const hurried = NoWait::current(); hurried && call == Call::read) return hurried->miss();
     return {};
   }
 };

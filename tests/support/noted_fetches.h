@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "base/no_wait.h"
+#include "imgfuse/disk.h"
 
 namespace imgfuse::test {
 
@@ -19,5 +20,13 @@ class NotedFetches final : public NoWait::Fetcher {
 
   std::vector<Part> parts;
 };
+
+/// What a read of the range says that does not want to wait.
+inline Result<> read_in_a_hurry(Disk& disk, GuestRange range) {
+  NotedFetches fetches;
+  const NoWait hurry(fetches, NoWait::Clock::now());
+  std::vector<std::byte> out(range.length);
+  return disk.read(range.begin, out);
+}
 
 }  // namespace imgfuse::test

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/latch.h"
+#include "base/no_wait.h"
 #include "core/flusher.h"
 #include "core/inflate_pool.h"
 #include "core/range_lock.h"
@@ -184,8 +185,8 @@ class Qcow2Disk::Strict {
 /// Ends a request: one that met damaged metadata ends all writing.
 template <class R>
 R Qcow2Disk::note(R result) {
-  if (result || result.error().code() == ErrorCode::would_wait) return result;
-  if (!image_.damaged || read_only_ || marked_corrupt_.exchange(true)) return result;
+  if (result || would_wait(result) || !image_.damaged || read_only_) return result;
+  if (marked_corrupt_.exchange(true)) return result;
   const Result<> marked = mark_corrupt();
   latch_.set(marked ? result.error() : marked.error());
   return result;

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "base/latch.h"
+#include "base/no_wait.h"
 #include "core/flusher.h"
 #include "core/idle_timer.h"
 #include "core/range_lock.h"
@@ -99,8 +100,7 @@ class QedDisk final : public Disk, private Flusher::Client {
 /// until it is opened again. QED has no bit that would tell the next one.
 template <class R>
 R QedDisk::note(R result) {
-  if (result || result.error().code() == ErrorCode::would_wait) return result;
-  if (image_.damaged && !read_only_) latch_.set(result.error());
+  if (!result && !would_wait(result) && image_.damaged && !read_only_) latch_.set(result.error());
   return result;
 }
 

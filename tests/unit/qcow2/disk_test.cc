@@ -156,12 +156,7 @@ TEST_CASE("qcow2: a read that does not want to wait does not end writing, whatev
   must(memory->write(HostOffset(cluster_of(Owner::Kind::l2_table, 0) * kCluster), std::as_bytes(std::span(entries))));
   auto disk = must(open_qcow2(storage));
   (void)read_all(*disk, GuestOffset(0), 512);  // the table is in memory now
-  {
-    NotedFetches fetches;
-    NoWait hurry(fetches, NoWait::Clock::now());
-    std::vector<std::byte> out(2 * kCluster);
-    CHECK(disk->read(GuestOffset(0), out).error().code() == ErrorCode::would_wait);
-  }
+  CHECK(would_wait(read_in_a_hurry(*disk, {GuestOffset(0), 2 * kCluster})));
   must(disk->write(GuestOffset(0), pattern(512, 2)));
   must(disk->flush());
   std::vector<std::byte> bytes(512);

@@ -183,12 +183,7 @@ TEST_CASE("qed: a read that does not want to wait does not end writing, whatever
   auto storage = std::make_shared<ColdStorage>(std::make_shared<MemStorage>(s.image));
   auto disk = must(open_image(storage));
   must(disk->write(GuestOffset(0), pattern(512, 1)));
-  {
-    NotedFetches fetches;
-    NoWait hurry(fetches, NoWait::Clock::now());
-    std::vector<std::byte> out(2 * kCluster);
-    CHECK(disk->read(GuestOffset(0), out).error().code() == ErrorCode::would_wait);
-  }
+  CHECK(would_wait(read_in_a_hurry(*disk, {GuestOffset(0), 2 * kCluster})));
   must(disk->write(GuestOffset(0), pattern(512, 2)));
   must(disk->flush());
   CHECK(read_all(*disk, GuestOffset(0), 512) == pattern(512, 2));
