@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <set>
+#include <utility>
 
 #include "base/buffer.h"
 #include "base/math.h"
@@ -140,6 +141,8 @@ void OrderStorage::give_up(Changes::iterator change, std::vector<std::byte> left
   change->data = std::move(left);
   apply(*change, current_);
   std::erase_if(fills_, [&](const auto& fill) { return fill.second.change == change->number; });
+  for (auto* overwritten : {&overwritten_before_, &overwritten_})
+    std::erase_if(*overwritten, [&](const auto& part) { return part.second == change->number; });
   start_epoch();
 }
 
@@ -156,13 +159,35 @@ void OrderStorage::start_epoch() {
   tables_may_change_ = durable && durable->tables_may_change();
   possible_.clear();
   least_.clear();
-  if (!view_) return fills_.clear();
+  if (!view_) {
+    fills_.clear();
+    overwritten_.clear();
+    overwritten_before_.clear();
+    return;
+  }
   std::set_union(durable->references().begin(), durable->references().end(), view_->references().begin(),
                  view_->references().end(), std::back_inserter(possible_));
   for (const Reference& reference : possible_)
     if (const uint64_t cluster = reference.cluster; least_.empty() || least_.rbegin()->first != cluster)
       least_.emplace_hint(least_.end(), cluster, std::min(durable->count(cluster), view_->count(cluster)));
-  std::erase_if(fills_, [&](const auto& fill) REQUIRES(mutex_) { return fill.second.shown && !shows(fill.first); });
+  std::erase_if(fills_, [&](const auto& each) REQUIRES(mutex_) {
+    const auto& [part, fill] = each;
+    return (fill.shown && !shows(part)) || (fill.kept && !has_owner(part));
+  });
+  keep_overwritten();
+}
+
+/// The guest zeroes a cluster that it keeps, and writes to it again. The new bytes may be there before a flush makes
+/// the zeroed entry durable; so what was written since the flush before is taken for new.
+void OrderStorage::keep_overwritten() {
+  for (const auto* overwritten : {&overwritten_before_, &overwritten_})
+    for (const auto& [part, change] : *overwritten) {
+      if (shows(part) || !has_owner(part)) continue;
+      const auto same = [number = change](const Change& each) { return each.number == number; };
+      const bool pending = std::any_of(pending_.begin(), pending_.end(), same);
+      fills_.try_emplace(part, Fill{.change = pending ? change : 0, .kept = true});
+    }
+  overwritten_before_ = std::exchange(overwritten_, {});
 }
 
 template <class F>
@@ -177,6 +202,12 @@ bool OrderStorage::shows(uint64_t part) const {
   bool shown = false;
   for_each_possible(part / parts, [&](const Reference& reference) { shown |= reference.shown >> part % parts & 1; });
   return shown;
+}
+
+bool OrderStorage::has_owner(uint64_t part) const {
+  bool has = false;
+  for_each_possible(part / view_->parts(), [&](const Reference&) { has = true; });
+  return has;
 }
 
 // ---- Changes of single clusters (I4)
@@ -207,17 +238,24 @@ void OrderStorage::check_targets(const Change& change, bool discards) {
     });
 }
 
-/// Remembers the first change that leaves nothing of a part's former content, from when nobody could see it.
+/// Remembers the first change that leaves nothing of a part's former content, from when nobody could see it; and the
+/// first since the flush, where somebody can.
 void OrderStorage::note_fills(const Change& change) {
   if (change.length == 0) return;
   const uint64_t size = view_->part_size();
   const uint64_t end = change.offset + change.length;
   for (uint64_t part = change.offset / size; part <= (end - 1) / size; ++part) {
-    if (shows(part) || fills_.contains(part)) continue;
+    const bool shown = shows(part);
+    if (shown ? overwritten_.contains(part) : fills_.contains(part)) continue;
     const uint64_t from = std::max(change.offset, part * size);
     const uint64_t to = std::min(end, (part + 1) * size);
-    if (reads_zero(current_, part * size, from - part * size) && reads_zero(current_, to, (part + 1) * size - to))
+    if (!reads_zero(current_, part * size, from - part * size) || !reads_zero(current_, to, (part + 1) * size - to))
+      continue;
+    if (shown) {
+      overwritten_.emplace(part, change.number);
+    } else {
       fills_[part].change = change.number;
+    }
   }
 }
 

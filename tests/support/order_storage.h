@@ -72,6 +72,7 @@ class OrderStorage final : public Storage {
   struct Fill {
     uint64_t change = 0;  // its number; 0: durable
     bool shown = false;   // something shows it
+    bool kept = false;    // its cluster has an owner, for whom it is zeros
   };
   /// A count that becomes durable together with the pointer to what it counts.
   struct Switched {
@@ -97,7 +98,9 @@ class OrderStorage final : public Storage {
   bool is_empty_table(const Reference& reference, uint64_t part) const REQUIRES(mutex_);
   void give_up(Changes::iterator change, std::vector<std::byte> left, uint64_t size) REQUIRES(mutex_);
   void start_epoch() REQUIRES(mutex_);
+  void keep_overwritten() REQUIRES(mutex_);
   bool shows(uint64_t part) const REQUIRES(mutex_);
+  bool has_owner(uint64_t part) const REQUIRES(mutex_);
   template <class F>
   void for_each_possible(uint64_t cluster, F f) const REQUIRES(mutex_);
   void violation(const std::string& text) const;
@@ -119,6 +122,8 @@ class OrderStorage final : public Storage {
   std::map<uint64_t, uint64_t> least_ GUARDED_BY(mutex_);  // lowest count that a crash may leave
   std::map<uint64_t, Switched> switched_ GUARDED_BY(mutex_);  // by cluster, until that change is durable
   std::map<uint64_t, Fill> fills_ GUARDED_BY(mutex_);         // by part: cluster times parts of a cluster
+  /// By part: the number of the first change since the last flush, and before it, that filled what something shows.
+  std::map<uint64_t, uint64_t> overwritten_ GUARDED_BY(mutex_), overwritten_before_ GUARDED_BY(mutex_);
 };
 
 }  // namespace imgfuse::test

@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint64_t kCluster = 4096;
 constexpr uint64_t kCopiedFlag = uint64_t{1} << 63;
+constexpr uint64_t kZeroFlag = 1;
 
 /// Writes qcow2 structures by hand, with 16 bit counts, into an image without data.
 class Hand {
@@ -40,6 +41,9 @@ class Hand {
   void l1(uint64_t index, uint64_t to) { put(l1_ + index * 8, be<uint64_t>(to ? to * kCluster | kCopiedFlag : 0)); }
   void l2(uint64_t in, uint64_t index, uint64_t cluster) {
     put(in * kCluster + index * 8, be<uint64_t>(cluster ? cluster * kCluster | kCopiedFlag : 0));
+  }
+  void l2_zero(uint64_t in, uint64_t index, uint64_t cluster) {
+    put(in * kCluster + index * 8, be<uint64_t>(cluster * kCluster | kCopiedFlag | kZeroFlag));
   }
   void discard(uint64_t cluster) { must(storage_.discard({HostOffset(cluster * kCluster), kCluster})); }
   void refcount_table(uint64_t index, uint64_t block) { put(load(48) + index * 8, be<uint64_t>(block * kCluster)); }
@@ -255,6 +259,48 @@ TEST_CASE("OrderStorage: I2, an entry before its data, where a crash leaves zero
     hand.fill(data, 2);
     hand.l2(hand.table, 1, data);
     CHECK(first_wrong(hand) == (lengthened ? "" : "I2"));
+  }
+}
+
+TEST_CASE("OrderStorage: I2, a cluster that is kept as zeros is shown again before its data is durable") {
+  Hand hand;
+  hand.link_one();
+
+  SUBCASE("written after the zeros are durable") {
+    hand.l2_zero(hand.table, 0, hand.data);
+    hand.flush();
+    hand.fill(hand.data, 2);
+    hand.l2(hand.table, 0, hand.data);
+    CHECK(first_wrong(hand) == "I2");
+  }
+  SUBCASE("written long before, and again") {
+    hand.fill(hand.data, 2);
+    hand.flush();
+    hand.flush();
+    hand.l2_zero(hand.table, 0, hand.data);
+    hand.flush();
+    hand.fill(hand.data, 3);
+    hand.l2(hand.table, 0, hand.data);
+    CHECK(first_wrong(hand) == "I2");
+  }
+  SUBCASE("written after it was zeroed, and then over that") {
+    hand.fill(hand.data, 2);
+    SUBCASE("durable one flush before the zeros") { hand.flush(); }
+    SUBCASE("durable together with the zeros") {}
+    hand.l2_zero(hand.table, 0, hand.data);
+    hand.flush();
+    hand.fill(hand.data, 3);
+    hand.l2(hand.table, 0, hand.data);
+    CHECK(first_wrong(hand) == "");
+  }
+  SUBCASE("by another owner, who has not written it") {
+    hand.fill(hand.data, 2);
+    hand.l2_zero(hand.table, 0, hand.data);
+    hand.flush();
+    hand.l2(hand.table, 0, 0);
+    hand.flush();
+    hand.l2(hand.table, 1, hand.data);
+    CHECK(first_wrong(hand) == "I4");
   }
 }
 
