@@ -11,6 +11,9 @@ struct fuse_session;
 
 namespace imgfuse::fuse {
 
+class RingHelpers;
+class RingQueue;
+
 /// Answers a session's requests beside the loop that reads /dev/fuse, which goes on: the kernel sends it what cannot go
 /// over a ring. A request that comes over a ring is put together as libfuse expects it and given to
 /// fuse_session_process_buf(), so the handlers are the same; the answer, which libfuse writes with writev(), is taken
@@ -35,12 +38,10 @@ class RingTransport {
   void stop();
 
  private:
-  class Queue;
-  class Helpers;
   RingTransport();
 
-  std::vector<std::unique_ptr<Queue>> queues_;
-  std::unique_ptr<Helpers> helpers_;
+  std::vector<std::unique_ptr<RingQueue>> queues_;
+  std::unique_ptr<RingHelpers> helpers_;
   UniqueFd fd_;  // the session's, which it closes when it is unmounted
 };
 
