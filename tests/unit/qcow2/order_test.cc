@@ -265,32 +265,29 @@ TEST_CASE("OrderStorage: I2, an entry before its data, where a crash leaves zero
 TEST_CASE("OrderStorage: I2, a cluster that is kept as zeros is shown again before its data is durable") {
   Hand hand;
   hand.link_one();
-
-  SUBCASE("written after the zeros are durable") {
+  const auto zero_and_write_again = [&] {
     hand.l2_zero(hand.table, 0, hand.data);
     hand.flush();
-    hand.fill(hand.data, 2);
+    hand.fill(hand.data, 3);
     hand.l2(hand.table, 0, hand.data);
+  };
+
+  SUBCASE("written after the zeros are durable") {
+    zero_and_write_again();
     CHECK(first_wrong(hand) == "I2");
   }
   SUBCASE("written long before, and again") {
     hand.fill(hand.data, 2);
     hand.flush();
     hand.flush();
-    hand.l2_zero(hand.table, 0, hand.data);
-    hand.flush();
-    hand.fill(hand.data, 3);
-    hand.l2(hand.table, 0, hand.data);
+    zero_and_write_again();
     CHECK(first_wrong(hand) == "I2");
   }
   SUBCASE("written after it was zeroed, and then over that") {
     hand.fill(hand.data, 2);
     SUBCASE("durable one flush before the zeros") { hand.flush(); }
     SUBCASE("durable together with the zeros") {}
-    hand.l2_zero(hand.table, 0, hand.data);
-    hand.flush();
-    hand.fill(hand.data, 3);
-    hand.l2(hand.table, 0, hand.data);
+    zero_and_write_again();
     CHECK(first_wrong(hand) == "");
   }
   SUBCASE("by another owner, who has not written it") {

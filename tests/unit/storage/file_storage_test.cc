@@ -49,7 +49,7 @@ bool knows_what_is_in_memory(int fd) {
   return preadv2(fd, &part, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
 }
 
-// What this thread has had disks read so far; 0 on a file system that does not count it.
+/// What this thread has had disks read so far; 0 on a file system that does not count it.
 uint64_t fetched_bytes() {
   rusage usage = {};
   REQUIRE(getrusage(RUSAGE_THREAD, &usage) == 0);
