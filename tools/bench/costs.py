@@ -31,6 +31,7 @@ class CpuLine(Line):
     def measure(self, bench, side):
         mounted, align = self.mounted[side], self.images[side][1]
         span = mounted.disk.stat().st_size
+        mounted.load_images(bench.folder)
         before = mounted.cpu_seconds()
         work = Fio('--rw=randread', '--bs=4k', '--iodepth=1', '--blockalign=%d' % (span // align if align else 4 * KiB)
                    ).measure(mounted.disk, bench.seconds, span)

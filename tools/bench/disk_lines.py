@@ -20,8 +20,6 @@ class DiskLine(Line):
     def begin(self, bench, sides):
         for side in () if self.fresh else sides:
             self.mount(bench, side)
-            if self.read_before:
-                load_pages(self.mounted[side].disk)
 
     def mount(self, bench, side):
         image = self.images[side] = self.image(bench.store, side, SIDES[side].format or self.format)
@@ -32,7 +30,6 @@ class DiskLine(Line):
         return self.measure_fresh(bench, side) if self.fresh else self.measure_mounted(bench, side)
 
     def measure_fresh(self, bench, side):
-        use_pages(bench.folder, bench.store.used)
         self.mount(bench, side)
         sample = self.measure_mounted(bench, side)
         self.unmount(side)
@@ -44,6 +41,11 @@ class DiskLine(Line):
         cold = [self.images[side]] if self.cold else ()
         for image in self.images.values():
             write_out(image)  # what others have written would be in this one's way
+        if not self.cold:
+            mounted.load_images(bench.folder)
+        if self.read_before:
+            load_pages(mounted.disk)
+        use_pages(bench.folder, bench.store.used)
         before = mounted.cpu_seconds()
         work = self.work.measure(mounted.disk, bench.seconds, (self.span or bench.store.hot) * MiB, cold)
         if not mounted.pids:

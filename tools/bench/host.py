@@ -74,16 +74,16 @@ def children(pid):
     return [int(child) for child in done.stdout.split()]
 
 
-def has_open(pid, name):
-    """Whether it has a file open with this in its name."""
-    return any(name in os.readlink(link) for link in Path('/proc/%d/fd' % pid).iterdir())
+def open_files(pid):
+    return {Path(os.readlink(link)) for link in Path('/proc/%d/fd' % pid).iterdir()}
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 def load_pages(path):
     """Makes a file hot, page by page: what a small write costs depends on how large the pieces were in which the kernel
-    read the file, and that is by chance."""
+    read the file, and that is by chance. It does not stay hot: some machines take away the pages that nobody has used for
+    half a minute, however much memory is free."""
     with open(path, 'rb', buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         while file.read(MiB):

@@ -22,7 +22,7 @@ class Store:
         self.converted = 96 if quick else 192  # data in an image that is converted
         self.mirrored = 128 if quick else 4096  # in memory
         self.busy = 128 if quick else 512  # mirrored beside a guest
-        self.used = 48 if quick else 384  # pages that work on a new image needs
+        self.used = self.hot  # pages that are used before each measurement, which may need as many
 
     def once(self, name, make):
         """The file, made where it is not there yet. Half a one is never found."""

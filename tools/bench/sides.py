@@ -4,8 +4,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from host import (PATIENCE, Failure, children, cpu_seconds, has_open, has_program, mount_points, peak_mib, run,
-                  wait_until, why_no_rings)
+from host import (PATIENCE, Failure, children, cpu_seconds, has_program, load_pages, mount_points, open_files, peak_mib,
+                  run, wait_until, why_no_rings)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +49,12 @@ class Mounted:
 
     def peak_mib(self):
         return sum(map(peak_mib, self.pids))
+
+    def load_images(self, folder):
+        """Makes hot what it reads there: the image, its data file and the whole backing chain."""
+        opened = set().union(*map(open_files, self.pids)) if self.pids else {self.disk}
+        for path in sorted(path for path in opened if path.parent == folder):
+            load_pages(path)
 
     def close(self):
         """Returns when the image is closed."""
@@ -170,7 +176,7 @@ def mount_options(rings, options):
 
 def with_rings(mounted):
     """Checks that it has not fallen back to /dev/fuse, which it may."""
-    if not has_open(mounted.process.pid, '[io_uring]'):
+    if not any('[io_uring]' in path.name for path in open_files(mounted.process.pid)):
         raise Failure('%s does without io_uring' % mounted.process.args[0])
     return mounted
 
