@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import images
-from host import Failure, MiB, run, use_pages
+from host import Failure, MiB, load_pages, run, use_pages
 from qmp import blockdev_mirror
 from results import Sample, Wanted
 from rounds import Line
@@ -36,6 +36,7 @@ class ConvertLine(Line):
         source, target = images.conversion_source(bench.store, self.source), bench.folder / 'converted'
         program = {OURS: (Imgfuse.program, 'convert'), QEMU_IMG: ('qemu-img', 'convert', '-m', '16', '-W')}[side]
 
+        load_pages(source)
         use_pages(bench.folder, bench.store.used)
         seconds = timed(lambda: run(*program, *self.options, source, target))
         target.unlink()
@@ -87,6 +88,7 @@ class MirrorLine(Line):
         source, target = images.mirror_source(bench.store), bench.store.memory / 'target'
         run('qemu-img', 'create', '-q', '-f', self.format, target, '%dM' % bench.store.mirrored)
         mounted = SIDES[OURS].start(source, bench.folder / 'mirrored') if side == OURS else None
+        use_pages(bench.store.memory, bench.store.mirrored)
         seconds = timed({
             OURS: lambda: run(Imgfuse.program, 'mirror', mounted.disk, target, '-n', '-O', self.format, '--finish'),
             QEMU_IMG: lambda: run('qemu-img', 'convert', '-n', '-m', '16', '-W', '-f', 'qcow2', '-O', self.format, source,
@@ -112,6 +114,7 @@ class MirrorLatencyLine(Line):
 
     def measure(self, bench, side):
         target = bench.store.anew('target')
+        self.mounted.load_images(bench.folder)
         if side == self.beside:
             run(Imgfuse.program, 'mirror', self.mounted.disk, target)
         latency = fio(self.mounted.disk, '--direct=1', '--rw=randwrite', '--bs=4k', '--iodepth=1', '--ioengine=psync',
@@ -134,6 +137,7 @@ class MirrorConvergenceLine(Line):
     def measure(self, bench, side):
         target = bench.store.anew('target')
         mounted = SIDES[OURS].start(images.busy_source(bench.store), bench.folder / 'mirrored')
+        mounted.load_images(bench.folder)
         guest = subprocess.Popen(['fio', '--name=bench', '--filename=%s' % mounted.disk, '--direct=1', '--rw=randwrite',
                                   '--bs=4k', '--iodepth=8', '--ioengine=libaio', '--rate_iops=2000', '--time_based',
                                   '--runtime=600', '--size=%dM' % bench.store.busy, '--norandommap'],

@@ -3,7 +3,7 @@ import os
 import time
 
 import images
-from host import KiB, MiB
+from host import KiB, MiB, load_pages
 from images import create
 from results import Sample, Wanted
 from rounds import Line
@@ -57,6 +57,7 @@ class MountLine(Line):
         return min((self.mount(bench, side) for _ in range(2)), key=lambda sample: sample.value)
 
     def mount(self, bench, side):
+        load_pages(self.images[side])
         begin = time.monotonic()
         mounted = SIDES[side].start(self.images[side], bench.folder / 'mounted')
         fd = os.open(mounted.disk, os.O_RDONLY)

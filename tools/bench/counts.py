@@ -78,6 +78,7 @@ def calls_per_read(calls):
             run('fio', '--name=read', '--filename=%s' % daemon.disk, '--direct=1', '--rw=randread', '--bs=4k',
                 '--size=%dM' % bench.store.hot, '--number_ios=%d' % reads, '--ioengine=psync', cwd=bench.folder)
 
+        daemon.load_images(bench.folder)
         read()
         lines = trace(bench, daemon, calls, read)
         daemon.close()

@@ -1,6 +1,8 @@
 """The lines of work on a presented disk, and what is wanted of each."""
+import os
+
 import images
-from host import MiB, load_pages, use_pages, write_out
+from host import MiB, load_pages, use_pages
 from results import Sample, Wanted
 from rounds import Line
 from sides import FVD, LIMIT, LIMIT_RING, NBD, OURS, PLAIN, QSD, RING, SIDES
@@ -8,57 +10,37 @@ from workloads import Fio, Passes, SmallFiles
 
 
 class DiskLine(Line):
-    """The images are mounted as long as the line is measured; where they are `fresh`, each measurement has a new one."""
+    """Each measurement has a mount of its own, since what is by chance in a mount stays as long as it does; and a new
+    image, if it shall be `fresh`."""
 
     def __init__(self, name, unit, work, image, sides, wanted=(), *, format='qcow2', fresh=False, span=None, options=(),
                  cold=False, read_before=False, **others):
         super().__init__(name, unit, sides, wanted, **others)
         self.work, self.image, self.format, self.fresh, self.span = work, image, format, fresh, span
         self.options, self.cold, self.read_before = options, cold, read_before
-        self.images, self.mounted = {}, {}
-
-    def begin(self, bench, sides):
-        for side in () if self.fresh else sides:
-            self.mount(bench, side)
-
-    def mount(self, bench, side):
-        image = self.images[side] = self.image(bench.store, side, SIDES[side].format or self.format)
-        place = bench.folder / ('disk-' + side.replace(' ', '-'))
-        self.mounted[side] = SIDES[side].start(image, place, self.options)
 
     def measure(self, bench, side):
-        return self.measure_fresh(bench, side) if self.fresh else self.measure_mounted(bench, side)
-
-    def measure_fresh(self, bench, side):
-        self.mount(bench, side)
-        sample = self.measure_mounted(bench, side)
-        self.unmount(side)
-        self.images.pop(side).unlink()
-        return sample
-
-    def measure_mounted(self, bench, side):
-        mounted = self.mounted[side]
-        cold = [self.images[side]] if self.cold else ()
-        for image in self.images.values():
-            write_out(image)  # what others have written would be in this one's way
+        image = self.image(bench.store, side, SIDES[side].format or self.format)
+        mounted = SIDES[side].start(image, bench.folder / ('disk-' + side.replace(' ', '-')), self.options)
         if not self.cold:
             mounted.load_images(bench.folder)
         if self.read_before:
             load_pages(mounted.disk)
         use_pages(bench.folder, bench.store.used)
+        sample = self.measure_mounted(bench, mounted, [image] if self.cold else ())
+        mounted.close()
+        if self.fresh:
+            image.unlink()
+        os.sync()  # what is still to be written would be in the next one's way
+        return sample
+
+    def measure_mounted(self, bench, mounted, cold):
         before = mounted.cpu_seconds()
         work = self.work.measure(mounted.disk, bench.seconds, (self.span or bench.store.hot) * MiB, cold)
         if not mounted.pids:
             return Sample(work.rate(self.unit))
         cpu = (mounted.cpu_seconds() - before) * 1e6 / work.operations
         return Sample(work.rate(self.unit), cpu, mounted.peak_mib())
-
-    def unmount(self, side):
-        self.mounted.pop(side).close()
-
-    def end(self, bench):
-        for side in list(self.mounted):
-            self.unmount(side)
 
 
 def wanted(qsd=None, limit=None, plain=None, ring=None):

@@ -86,27 +86,34 @@ def load_pages(path):
     half a minute, however much memory is free."""
     with open(path, 'rb', buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        while file.read(MiB):
-            pass
+        for begin, end in data_of(file.fileno()):
+            for offset in range(begin, end, MiB):
+                os.pread(file.fileno(), min(MiB, end - offset), offset)
 
 
-def write_out(path):
-    """Leaves no page of the file for the kernel to write."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fdatasync(fd)
-    os.close(fd)
+def data_of(fd):
+    """Where a file has data, in order."""
+    end, size = 0, os.fstat(fd).st_size
+    while end < size:
+        try:
+            begin = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # none behind it
+            return
+        end = os.lseek(fd, begin, os.SEEK_HOLE)
+        yield begin, end
 
 
 def drop_pages(path):
     """Makes a file cold: the next read comes from the device."""
-    write_out(path)  # pages that are not written yet stay
     fd = os.open(path, os.O_RDONLY)
+    os.fdatasync(fd)  # pages that are not written yet stay
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
 
 
 def use_pages(folder, mib):
-    """In a virtual machine, pages that nobody used before cost ten times as much as others: have used ones free."""
+    """In a virtual machine, pages that nobody used before cost ten times as much as others: have used ones free. For
+    some seconds: then the machine below may have taken them back."""
     used = folder / 'used'
     with open(used, 'wb', buffering=0) as file:
         for _ in range(mib):

@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from host import MiB, Failure, drop_pages, load_pages, run
+from host import MiB, Failure, drop_pages, run
 from sides import Imgfuse
 
 PLACES = 4096  # of 4 KiB with data, in an image that is mostly empty
@@ -20,7 +20,7 @@ class Store:
         self.hot = 64 if quick else 512  # random data in the image that is read and overwritten
         self.packed = 48 if quick else 96  # data of programs and libraries, compressed
         self.converted = 96 if quick else 192  # data in an image that is converted
-        self.mirrored = 128 if quick else 4096  # in memory
+        self.mirrored = 128 if quick else 1024  # in memory; see use_pages()
         self.busy = 128 if quick else 512  # mirrored beside a guest
         self.used = self.hot  # pages that are used before each measurement, which may need as many
 
@@ -78,25 +78,20 @@ def create(path, size, options=()):
 
 
 def over(below, name, *options):
-    """An empty overlay beside the image below it, which is made hot."""
-    load_pages(below)
+    """An empty overlay beside the image below it."""
     path = below.with_name(name)
     path.unlink(missing_ok=True)
     run('qemu-img', 'create', '-q', '-f', 'qcow2', *options, '-b', below.name, '-F', 'qcow2', path)
     return path
 
 
-# --- images that are there already, hot -------------------------------------------------------------------------------
+# --- images that are there already -------------------------------------------------------------------------------
 
 def full(store, side, format):
     """Every cluster is allocated and has random data."""
     if format == 'raw':
-        path = store.once('full-%s.raw' % side, lambda half: shutil.copyfile(store.random_raw(), half))
-    else:
-        path = store.once('full-%s.%s' % (side, format),
-                          lambda half: qemu_img_convert(store.random_raw(), half, format))
-    load_pages(path)
-    return path
+        return store.once('full-%s.raw' % side, lambda half: shutil.copyfile(store.random_raw(), half))
+    return store.once('full-%s.%s' % (side, format), lambda half: qemu_img_convert(store.random_raw(), half, format))
 
 
 def raw_data(store, side, format):
@@ -108,18 +103,14 @@ def raw_data(store, side, format):
     def make(path):
         qemu_img_convert(store.random_raw(), path, format, '-o', 'data_file=%s,data_file_raw=on' % data)
         drop_pages(data)
-    path = store.once('raw-data-%s.%s' % (side, format), make)
-    load_pages(data)
-    return path
+    return store.once('raw-data-%s.%s' % (side, format), make)
 
 
 def packed(compression):
     def make(store, side, format):
         options = ('-c', '-o', 'compression_type=' + compression)
-        path = store.once('packed-%s-%s.%s' % (side, compression, format),
+        return store.once('packed-%s-%s.%s' % (side, compression, format),
                           lambda half: qemu_img_convert(store.programs_raw(), half, format, *options))
-        load_pages(path)
-        return path
     return make
 
 
@@ -136,9 +127,7 @@ def spread(size):
             length = parse_size(size)
             commands = (c for n in range(PLACES) for c in ('-c', 'write -q %d 4k' % (n * (length // PLACES))))
             run('qemu-io', '-t', 'unsafe', '-f', 'qcow2', *commands, half)
-        path = store.once('spread-%s.qcow2' % size, write)
-        load_pages(path)
-        return path
+        return store.once('spread-%s.qcow2' % size, write)
     return make
 
 
