@@ -84,11 +84,13 @@ def load_pages(path):
     """Makes a file hot, page by page: what a small write costs depends on how large the pieces were in which the kernel
     read the file, and that is by chance. It does not stay hot: some machines take away the pages that nobody has used for
     half a minute, however much memory is free."""
-    with open(path, 'rb', buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        for begin, end in data_of(file.fileno()):
-            for offset in range(begin, end, MiB):
-                os.pread(file.fileno(), min(MiB, end - offset), offset)
+    fd = os.open(path, os.O_RDONLY)
+    for begin, end in data_of(fd):
+        for offset in range(begin, end, 128 * KiB):  # the kernel may stop behind that
+            os.posix_fadvise(fd, offset, 128 * KiB, os.POSIX_FADV_WILLNEED)
+        for offset in range(begin, end, MiB):
+            os.pread(fd, min(MiB, end - offset), offset)
+    os.close(fd)
 
 
 def data_of(fd):
