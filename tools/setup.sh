@@ -1,4 +1,4 @@
-# What tools/quickstart and tools/test share: the packages that imgfuse needs, and how a build folder is made.
+# What tools/quickstart, tools/test and tools/bench/run share: the packages that imgfuse needs, and how a build folder is made.
 # Sourced, not run.
 
 build_packages=(
@@ -7,6 +7,9 @@ build_packages=(
   libdeflate-dev zlib1g-dev libzstd-dev
 )
 demo_packages=(e2fsprogs mount util-linux)
+bench_packages=(
+  python3 fio strace procps e2fsprogs mount util-linux qemu-utils qemu-system-common libnbd-bin
+)
 test_packages=(
   doctest-dev clang-14 libclang-rt-14-dev clang-format-14 python3 git
   qemu-utils qemu-system-common fio e2fsprogs xfsprogs btrfs-progs mmdebstrap
@@ -17,7 +20,7 @@ as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# need_packages SET…: installs what is missing of the sets build, demo and test. Without apt it lists them and goes
+# need_packages SET…: installs what is missing of the sets build, demo, bench and test. Without apt it lists them and goes
 # on: the build says what it cannot find.
 need_packages() {
   local wanted=() missing=() set package
@@ -48,4 +51,10 @@ configure() {
   else
     meson setup "$folder" "$root" "$@" >/dev/null || { tail -n 20 "$folder/meson-logs/meson-log.txt"; return 1; }
   fi
+}
+
+# build_program TARGET…: of the build without tests, in build/.
+build_program() {
+  [ -f "$root/build/build.ninja" ] || configure "$root/build" -Dtests=false -Dwerror=false
+  ninja -C "$root/build" --quiet "$@"
 }

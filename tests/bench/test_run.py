@@ -1,7 +1,6 @@
 """The benchmark itself, as short as can be: images are made, every kind of side is started, measured and stopped."""
 import json
 import os
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +12,7 @@ MAY_BE_MISSING = {'nbdfuse', 'imgfuse io_uring', 'limit io_uring'}
 
 class Run(ImageCase):
     def bench(self, *arguments):
-        return attempt(sys.executable, RUN, *arguments, timeout=280, env={**os.environ, 'IMGFUSE': IMGFUSE})
+        return attempt(RUN, *arguments, timeout=280, env={**os.environ, 'IMGFUSE': IMGFUSE})
 
     def test_a_short_run_measures_every_side_and_leaves_nothing_behind(self):
         files = [self.path('report.' + suffix) for suffix in ('json', 'md', 'svg')]

@@ -7,8 +7,6 @@ from pathlib import Path
 from host import (PATIENCE, Failure, children, cpu_seconds, has_program, load_pages, mount_points, open_files, peak_mib,
                   run, wait_until, why_no_rings)
 
-ROOT = Path(__file__).resolve().parents[2]
-
 OURS, RING, FVD = 'imgfuse', 'imgfuse io_uring', 'imgfuse FVD'
 QSD, NBD = 'QSD', 'nbdfuse'
 LIMIT, LIMIT_RING, PLAIN = 'limit', 'limit io_uring', 'plain file'
@@ -182,11 +180,9 @@ def with_rings(mounted):
 
 
 def find_programs():
-    """The imgfuse that is measured, $IMGFUSE or else what is built here, and the limit beside it."""
-    built = [ROOT / folder / 'tools/imgfuse/imgfuse' for folder in ('build', 'build-gcc')]
-    named = [Path(os.environ['IMGFUSE']).absolute()] if 'IMGFUSE' in os.environ else built
-    program = next(filter(Path.exists, named), None)
-    if not program:
-        raise Failure('build imgfuse first: tools/quickstart')
+    """The imgfuse that is measured, $IMGFUSE, and the limit beside it."""
+    program = Path(os.environ['IMGFUSE']).absolute()
+    if not program.exists():
+        raise Failure('%s, which $IMGFUSE names, is not there' % program)
     Imgfuse.program = str(program)
     NullFuse.program = program.parents[1] / 'bench/null_fuse'
