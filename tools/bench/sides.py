@@ -32,7 +32,7 @@ class Mounted:
 
     def __init__(self, disk, process=None, leave=None):
         self.disk, self.process, self.leave = disk, process, leave
-        self.pids = []
+        self.pids, self.pages = [], []
         if process:
             wait_until(self.is_ready, '%s to present %s' % (process.args[0], disk))
             self.pids = [process.pid]
@@ -49,13 +49,13 @@ class Mounted:
         return sum(map(peak_mib, self.pids))
 
     def load_images(self, folder):
-        """Makes hot what it reads there: the image, its data file and the whole backing chain."""
+        """Makes hot what it reads there, as long as it is mounted: the image, its data file and the whole backing chain."""
         opened = set().union(*map(open_files, self.pids)) if self.pids else {self.disk}
-        for path in sorted(path for path in opened if path.parent == folder):
-            load_pages(path)
+        self.pages = [load_pages(path) for path in sorted(opened) if path.parent == folder]
 
     def close(self):
         """Returns when the image is closed."""
+        self.pages = []
         if not self.process:
             return
         self.leave(self)
