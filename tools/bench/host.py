@@ -84,20 +84,21 @@ def open_files(pid):
 def load_pages(path):
     """Makes a file hot, page by page: what a small write costs depends on how large the pieces were in which the kernel
     read the file, and that is by chance. Some machines take pages away that nobody seems to need, however much memory is
-    free, but none of what is returned: the pages, mapped."""
-    fd = os.open(path, os.O_RDONLY)
+    free, but none of what is returned: the pages, mapped. Holes stay as they are."""
+    fd, pages = os.open(path, os.O_RDONLY), []
     for begin, end in data_of(fd):
         for offset in range(begin, end, 128 * KiB):  # the kernel may stop behind that
             os.posix_fadvise(fd, offset, 128 * KiB, os.POSIX_FADV_WILLNEED)
         for offset in range(begin, end, MiB):
             os.pread(fd, min(MiB, end - offset), offset)
-    pages = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        pages.append(mmap.mmap(fd, end - begin, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ,
+                               offset=begin))
     os.close(fd)
     return pages
 
 
 def data_of(fd):
-    """Where a file has data, in order."""
+    """Where a file has data, in order, from the beginning of a page."""
     end, size = 0, os.fstat(fd).st_size
     while end < size:
         try:
@@ -105,7 +106,7 @@ def data_of(fd):
         except OSError:  # none behind it
             return
         end = os.lseek(fd, begin, os.SEEK_HOLE)
-        yield begin, end
+        yield begin - begin % mmap.ALLOCATIONGRANULARITY, end
 
 
 def drop_pages(path):
