@@ -70,6 +70,14 @@ class Convert(JobCase):
                     self.assert_clean(target, format)
                 target.unlink()
 
+    def test_progress_is_for_a_terminal_or_who_asks_for_it(self):
+        source = self.image('source.raw', 'raw', 4 * MiB)
+        for options, shown in (((), False), (('-p',), True), (('-q', '-p'), False), (('-p', '-q'), False)):
+            with self.subTest(options):
+                outcome = attempt(IMGFUSE, 'convert', *options, source, self.path('target.raw'))
+                self.assertEqual(outcome.status, 0, outcome)
+                self.assertEqual('100' in outcome.err, shown, outcome)
+
     def test_sparse_images_take_no_more_space_than_qemu_gives_them(self):
         source = self.image('source.raw', 'raw', 64 * MiB)
         for options in (('-O', 'raw'), ('-O', 'qcow2'), ('-O', 'qcow2', '-o', 'cluster_size=4k'), ('-S', '64k'),

@@ -130,13 +130,19 @@ class Bench(BadInputCase):
         self.refuse('bench', '-w', '-U', image, says=['force-share'])
         self.refuse('bench', '-w', '-l', '1', image, says=['snapshot'])
         self.refuse('bench', self.path('missing'), says=['missing', 'no such file'])
-        for arguments in (('-c', '0'), ('-d', '0'), ('-d', '2000'), ('-s', '0'), ('-s', '5M'), ('-o', '4M'),
-                          ('-s', '2M', '-d', '1000'), ('--flush-interval', '3')):
+        for arguments in (('-s', '0'), ('-s', '5M'), ('-o', '4M'), ('-s', '2M', '-d', '1000'),
+                          ('--flush-interval', '3')):
             with self.subTest(arguments):
                 self.refuse('bench', *arguments, image)
-        for arguments in (('-c', 'many'), ('-s', 'x'), ('--pattern', '256'), ('-t', 'fast'), ('-i', 'native')):
-            with self.subTest(arguments):
-                self.refuse('bench', *arguments, image, status=2)
+        for option, value, says in (('-c', '0', 'count: "0" is not a number from 1 to'), ('-c', '-5', '"-5"'),
+                                    ('-c', '99999999999999999999', '"99999999999999999999"'), ('-c', '3x', '"3x"'),
+                                    ('-d', '0', 'from 1 to 1024'), ('-d', '2000', 'from 1 to 1024'),
+                                    ('--pattern', '256', 'from 0 to 255'), ('-s', 'x', 'buffer-size: "x"'),
+                                    ('--flush-interval', '-1', 'flush-interval: "-1" is not a number'),
+                                    ('-t', 'fast', 'writethrough'), ('--output', 'xml', 'neither human nor json'),
+                                    ('-i', 'native', '')):
+            with self.subTest(option=option, value=value):
+                self.refuse('bench', option, value, image, status=2, says=[says])
         self.assertEqual(sha256(image), before)
 
     def test_an_image_that_can_only_be_read(self):

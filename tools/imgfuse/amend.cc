@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string_view>
 
-#include "command.h"
+#include "command_line.h"
 #include "create_options.h"
 #include "text.h"
 
@@ -107,18 +107,13 @@ int run_amend(Io& io, Arguments args) {
   AmendOptions options;
   std::string image;
   std::vector<std::string> lists;
-  CLI::App app("Changes the options of an image that exists, and that nobody has open.", "imgfuse amend");
-  app.add_option("IMAGE", image);
-  app.add_option("-o", lists, "Options as key=value,...; \"-o help\" lists them")->allow_extra_args(false);
-  app.add_option("-f,--format", options.format, "Format of the image; not guessed if given");
-  app.add_option("--allow-path", options.allowed_directories, "Directory in which a backing file may lie")
-      ->allow_extra_args(false);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Changes the options of an image that exists, and that nobody has open.", "imgfuse amend");
+  line.text("IMAGE", image);
+  line.texts("-o", lists, "Options as key=value,...; \"-o help\" lists them");
+  line.text("-f,--format", options.format, "Format of the image; not guessed if given", "FORMAT");
+  line.texts("--allow-path", options.allowed_directories, "Directory in which a backing file may lie");
+  if (const auto status = line.parse(io, args)) return *status;
 
-  const auto usage_error = [&](const Error& error) {
-    print_error(io, "", error, "\"imgfuse amend --help\" lists the options");
-    return kUsage;
-  };
   for (const std::string& list : lists) {
     if (list == "help" || list == "?") {
       io.out << kAmendOptionList << std::flush;
@@ -126,10 +121,10 @@ int run_amend(Io& io, Arguments args) {
     }
     const auto set = for_each_option(
         list, [&](const std::string& key, const std::string& value) { return set_option(options, key, value); });
-    if (!set) return usage_error(set.error());
+    if (!set) return line.usage_error(io, set.error());
   }
-  if (image.empty()) return usage_error(Error(ErrorCode::invalid, "IMAGE is missing"));
-  if (lists.empty()) return usage_error(Error(ErrorCode::invalid, "nothing is to be changed: -o is missing"));
+  if (image.empty()) return line.usage_error(io, Error(ErrorCode::invalid, "IMAGE is missing"));
+  if (lists.empty()) return line.usage_error(io, Error(ErrorCode::invalid, "nothing is to be changed: -o is missing"));
   if (auto amended = amend_image(image, options); !amended) {
     print_error(io, image, amended.error());
     return kFailure;

@@ -3,7 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/job.h"
 #include "open_disk.h"
 #include "text.h"
@@ -72,30 +72,26 @@ Result<> run(Io& io, BenchRequest& request) {
 int run_bench(Io& io, Arguments args) {
   BenchRequest request;
   BenchOptions& bench = request.bench;
-  unsigned pattern = 0;
   bool no_drain = false;
-  CLI::App app("Measures how fast an image is read or written, without FUSE.", "imgfuse bench");
-  app.add_option("IMAGE", request.image)->required();
-  app.add_option("-c,--count", bench.count, "Number of requests (default 75000)")->type_name("COUNT");
-  app.add_option("-d,--depth", bench.depth, "Requests at a time, each in a thread of its own (default 64)")
-      ->type_name("DEPTH");
-  add_size_option(app, "-s,--buffer-size", bench.length, "Length of a request (default 4k)");
-  add_size_option(app, "-S,--step-size", bench.step, "From one request to the next (default: the buffer size)");
-  add_size_option(app, "-o,--offset", bench.offset, "Where the first request lies, and no other before it");
-  app.add_flag("-w,--write", bench.write, "Write: what the disk holds is lost");
-  app.add_option("--pattern", pattern, "The byte that is written, as a number (default 0)")
-      ->check(CLI::Range(0, 255))
-      ->type_name("BYTE");
-  app.add_option("--flush-interval", bench.flush_interval, "Flush after so many writes")->type_name("COUNT");
-  app.add_flag("--no-drain", no_drain, "Go on writing while a flush is under way");
-  add_cache_option(app, "-t,--cache", request.open.cache,
-                   "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe");
-  add_snapshot_option(app, request.open.snapshot);
-  add_open_options(app, request.open);
-  app.add_flag("-q,--quiet", request.quiet, "Say nothing but errors");
-  add_json_option(app, request.json);
-  if (const auto status = parse(app, io, args)) return *status;
-  bench.pattern = static_cast<uint8_t>(pattern);
+  CommandLine line("Measures how fast an image is read or written, without FUSE.", "imgfuse bench");
+  line.text("IMAGE", request.image).required();
+  line.number("-c,--count", bench.count, "Number of requests (default 75000)", "COUNT", 1, kMaxBenchCount);
+  line.number("-d,--depth", bench.depth, "Requests at a time, each in a thread of its own (default 64)", "DEPTH", 1,
+              kMaxBenchDepth);
+  line.size("-s,--buffer-size", bench.length, "Length of a request (default 4k)");
+  line.size("-S,--step-size", bench.step, "From one request to the next (default: the buffer size)");
+  line.size("-o,--offset", bench.offset, "Where the first request lies, and no other before it");
+  line.flag("-w,--write", bench.write, "Write: what the disk holds is lost");
+  line.number("--pattern", bench.pattern, "The byte that is written, as a number (default 0)", "BYTE");
+  line.number("--flush-interval", bench.flush_interval, "Flush after so many writes", "COUNT");
+  line.flag("--no-drain", no_drain, "Go on writing while a flush is under way");
+  line.word("-t,--cache", request.open.cache, parse_cache_mode,
+            "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe", "MODE");
+  add_snapshot_option(line, request.open.snapshot);
+  add_open_options(line, request.open);
+  line.flag("-q,--quiet", request.quiet, "Say nothing but errors");
+  add_json_option(line, request.json);
+  if (const auto status = line.parse(io, args)) return *status;
   bench.drain = !no_drain;
   const Result<> done = run(io, request);
   io.out << std::flush;

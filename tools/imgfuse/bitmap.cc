@@ -1,7 +1,7 @@
 // imgfuse bitmap: list, add, remove and clear the dirty bitmaps of an image, mounted or not.
 #include <fmt/format.h>
 
-#include "command.h"
+#include "command_line.h"
 #include "target.h"
 #include "text.h"
 
@@ -44,29 +44,26 @@ Result<> run(Io& io, const BitmapRequest& request, const std::string& action) {
   return {};
 }
 
-CLI::App* add_action(CLI::App& app, BitmapRequest& request, const std::string& action, const std::string& description) {
-  CLI::App* const command = app.add_subcommand(action, description);
-  command->add_option("IMAGE", request.image, "An image, or the mount point of one")->required();
-  if (action != "list") command->add_option("NAME", request.name, "The bitmap's name")->required();
-  return command;
+void add_action(CommandLine& line, BitmapRequest& request, const std::string& action, const std::string& description) {
+  CommandLine command = line.action(action, description);
+  command.text("IMAGE", request.image, "An image, or the mount point of one").required();
+  if (action != "list") command.text("NAME", request.name, "The bitmap's name").required();
 }
 
 }  // namespace
 
 int run_bitmap(Io& io, Arguments args) {
   BitmapRequest request;
-  CLI::App app("Lists, adds, removes and clears the dirty bitmaps of an image, mounted or not.", "imgfuse bitmap");
-  app.require_subcommand(1);
-  app.fallthrough();
-  add_action(app, request, "list", "List the bitmaps");
-  add_action(app, request, "add", "Begin to record what changes");
-  add_action(app, request, "remove", "Forget a bitmap");
-  add_action(app, request, "clear", "Start over: nothing has changed");
-  add_size_option(app, "-g,--granularity", request.granularity, "Bytes that one bit stands for, 512 to 2G (64k)");
-  add_open_options(app, request.open);
-  add_json_option(app, request.json);
-  if (const auto status = parse(app, io, args)) return *status;
-  if (const auto done = run(io, request, app.get_subcommands().front()->get_name()); !done) {
+  CommandLine line("Lists, adds, removes and clears the dirty bitmaps of an image, mounted or not.", "imgfuse bitmap");
+  add_action(line, request, "list", "List the bitmaps");
+  add_action(line, request, "add", "Begin to record what changes");
+  add_action(line, request, "remove", "Forget a bitmap");
+  add_action(line, request, "clear", "Start over: nothing has changed");
+  line.size("-g,--granularity", request.granularity, "Bytes that one bit stands for, 512 to 2G (64k)");
+  add_open_options(line, request.open);
+  add_json_option(line, request.json);
+  if (const auto status = line.parse(io, args)) return *status;
+  if (const auto done = run(io, request, line.action()); !done) {
     print_error(io, request.image, done.error());
     return kFailure;
   }

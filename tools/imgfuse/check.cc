@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/check.h"
 #include "text.h"
 
@@ -87,35 +87,37 @@ int undo(Io& io, const std::string& image, const OpenOptions& options, const std
   return kSuccess;
 }
 
+Result<Repair> parse_repair(const std::string& word) {
+  if (word == "leaks") return Repair::leaks;
+  if (word == "all") return Repair::all;
+  return fail(ErrorCode::invalid, "\"{}\" is neither leaks nor all", word);
+}
+
 }  // namespace
 
 int run_check(Io& io, Arguments args) {
   std::string image;
   OpenOptions options{.read_only = true};
-  std::string repair_word;
+  Repair repair = Repair::none;
   std::optional<std::string> undo_file;
   std::string undo_from;
   bool json = false;
-  CLI::App app(
+  CommandLine line(
       "Checks an image and, if asked to, repairs it. Exit status: 0 whole or repaired, 1 could not be checked, "
       "2 corruptions, 3 leaks only, 63 the format has no check.",
       "imgfuse check");
-  app.add_option("IMAGE", image)->required();
-  auto* repair_option =
-      app.add_option("-r,--repair", repair_word, "Repair leaks, or all")->check(CLI::IsMember({"leaks", "all"}));
-  app.add_option("--undo-file", undo_file, "Keep in this new file what the repair overwrites")->needs(repair_option);
-  app.add_option("--undo", undo_from, "Take back the repair that made this undo file")->excludes(repair_option);
-  add_open_options(app, options);
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  line.text("IMAGE", image).required();
+  const auto repair_option = line.word("-r,--repair", repair, parse_repair, "Repair leaks, or all");
+  line.text("--undo-file", undo_file, "Keep in this new file what the repair overwrites", "FILE").needs(repair_option);
+  line.text("--undo", undo_from, "Take back the repair that made this undo file", "FILE").excludes(repair_option);
+  add_open_options(line, options);
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
 
   if (!undo_from.empty()) {
     options.read_only = false;
     return undo(io, image, options, undo_from, json);
   }
-  Repair repair = Repair::none;
-  if (repair_word == "leaks") repair = Repair::leaks;
-  if (repair_word == "all") repair = Repair::all;
   options.read_only = repair == Repair::none;
   const auto format = options.format
                           ? Result<std::string>(*options.format)

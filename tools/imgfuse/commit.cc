@@ -1,5 +1,5 @@
 // imgfuse commit: move what an overlay holds into its backing file.
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/check.h"
 #include "imgfuse/job.h"
 #include "live_job.h"
@@ -70,33 +70,27 @@ Result<> commit_anywhere(const Request& request, Io& io) {
 
 int run_commit(Io& io, Arguments args) {
   Request request;
-  bool quiet = false;
-  CLI::App app("Moves what an overlay holds into its backing file. A mount goes on with that one.", "imgfuse commit");
-  app.add_option("IMAGE", request.image, "An overlay, or where it is mounted")->required();
-  app.add_option_function<std::string>(
-      "-b,--base", [&](const std::string& name) { request.base = name; },
-      "Commit into this image of the backing chain; leaves IMAGE as it is unless it is mounted");
-  app.add_flag("-d,--keep", request.keep, "Do not empty the overlay afterwards");
-  add_live_options(app, request.live);
-  add_cache_option(app, "-t,--cache", request.options.cache, "How the images are written: writeback (default) or none");
-  app.add_flag_callback(
-      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag("-q,--quiet", quiet, "Say nothing on success");
-  app.add_option_function<std::string>(
-      "-f,--format", [&](const std::string& name) { request.options.format = name; },
-      "The image's format; found out from the image if not given");
-  app.add_option_function<std::string>(
-      "-F,--backing-format", [&](const std::string& name) { request.options.backing_format = name; },
-      "Format of backing files whose overlay does not record it");
-  add_allow_path_option(app, request.options.allowed_directories);
-  if (const auto status = parse(app, io, args)) return *status;
-  if (quiet) request.show = ShowProgress::never;
+  CommandLine line("Moves what an overlay holds into its backing file. A mount goes on with that one.",
+                   "imgfuse commit");
+  line.text("IMAGE", request.image, "An overlay, or where it is mounted").required();
+  line.text("-b,--base", request.base,
+            "Commit into this image of the backing chain; leaves IMAGE as it is unless it is mounted");
+  line.flag("-d,--keep", request.keep, "Do not empty the overlay afterwards");
+  add_live_options(line, request.live);
+  line.word("-t,--cache", request.options.cache, parse_cache_mode,
+            "How the images are written: writeback (default) or none", "MODE");
+  add_progress_options(line, request.show, "Say nothing on success");
+  add_format_option(line, request.options.format);
+  line.text("-F,--backing-format", request.options.backing_format,
+            "Format of backing files whose overlay does not record it", "FORMAT");
+  add_allow_path_option(line, request.options.allowed_directories);
+  if (const auto status = line.parse(io, args)) return *status;
 
   if (auto committed = commit_anywhere(request, io); !committed) {
     print_error(io, request.image, committed.error());
     return kFailure;
   }
-  if (!quiet && !request.live.detach) io.out << "Image committed.\n" << std::flush;
+  if (request.show != ShowProgress::never && !request.live.detach) io.out << "Image committed.\n" << std::flush;
   return kSuccess;
 }
 

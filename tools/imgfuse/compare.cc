@@ -3,7 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/job.h"
 #include "imgfuse/open.h"
 #include "progress.h"
@@ -76,26 +76,24 @@ int run_compare(Io& io, Arguments args) {
   OpenOptions options{.read_only = true};
   std::optional<std::string> first_format, second_format;
   CompareOptions compare_options;
-  bool json = false, quiet = false;
+  bool json = false;
   ShowProgress show = ShowProgress::on_terminal;
-  CLI::App app(
+  CommandLine line(
       "Says whether two images hold the same disk. Exit status: 0 the same, 1 different, 2 an image could not be "
       "opened, 3 its map or 4 its data could not be read.",
       "imgfuse compare");
-  app.add_option("IMAGE1", first)->required();
-  app.add_option("IMAGE2", second)->required();
-  app.add_option("-f,--format", first_format, "Format of IMAGE1; found out from the image if not given");
-  app.add_option("-F,--second-format", second_format, "Format of IMAGE2");
-  app.add_flag("-s,--strict", compare_options.strict, "Sizes and what is allocated must be the same too");
-  add_cache_option(app, "-T,--cache", options.cache, "How the files are read: writeback (default) or none");
-  add_allow_path_option(app, options.allowed_directories);
-  app.add_flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
-  app.add_flag_callback(
-      "-p,--progress", [&] { show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag("-q,--quiet", quiet, "Say nothing: the exit status tells");
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
-  if (quiet) show = ShowProgress::never;
+  line.text("IMAGE1", first).required();
+  line.text("IMAGE2", second).required();
+  line.text("-f,--format", first_format, "Format of IMAGE1; found out from the image if not given", "FORMAT");
+  line.text("-F,--second-format", second_format, "Format of IMAGE2", "FORMAT");
+  line.flag("-s,--strict", compare_options.strict, "Sizes and what is allocated must be the same too");
+  line.word("-T,--cache", options.cache, parse_cache_mode, "How the files are read: writeback (default) or none",
+            "MODE");
+  add_allow_path_option(line, options.allowed_directories);
+  line.flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
+  add_progress_options(line, show, "Say nothing: the exit status tells");
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
 
   options.format = first_format;
   const auto a = open_disk(first, options);
@@ -120,7 +118,7 @@ int run_compare(Io& io, Arguments args) {
     print_error(io, "", comparison.error->during("compare {} and {}", first, second));
   } else if (json) {
     io.out << json_of(comparison).dump(4) << "\n";
-  } else if (!quiet) {
+  } else if (show != ShowProgress::never) {
     if (comparison.sizes_differ && !compare_options.strict) io.out << "Warning: Image size mismatch!\n";
     io.out << text_of(comparison);
   }

@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <thread>
 
-#include "command.h"
+#include "command_line.h"
 #include "create_options.h"
 #include "imgfuse/check.h"
 #include "imgfuse/create.h"
@@ -141,38 +141,34 @@ Result<uint64_t> parse_sparse(const std::string& text) {
   return size;
 }
 
-void add_options(CLI::App& app, Request& request, std::vector<std::string>& files, std::vector<std::string>& lists,
-                 std::string& sparse, std::optional<unsigned>& workers, bool& quiet) {
-  app.add_option("IMAGES", files,
-                 "The image to read, or several, which are laid one behind the other; then the target");
-  app.add_option("-f,--format", request.source_options.format, "Format of the images read");
-  app.add_option("-O,--target-format", request.create.format, "Format of the target: raw (default), qcow2, qed or fvd");
-  app.add_option("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them")
-      ->allow_extra_args(false);
-  app.add_flag("-c,--compress", request.compress, "Compress the target");
-  app.add_option("-B,--backing", request.create.backing_file,
-                 "Backing file of the target, which reads as the backing file of IMAGE does");
-  app.add_option("-F,--backing-format", request.create.backing_format,
-                 "Its format, and that of backing files whose overlay does not record it");
-  add_snapshot_option(app, request.source_options.snapshot);
-  app.add_option("-S,--sparse", sparse, "Shortest run of zeros that becomes a hole (4k); 0: none does")
-      ->type_name("SIZE");
-  app.add_flag("-n,--no-create", request.use_existing, "Write into a target that is there, and large enough");
-  app.add_flag("--target-is-zero", request.target_is_zero, "With -n: the target reads as zeros, which need no writing");
-  app.add_option("-m,--parallel", workers, "How much is in flight at once, 1 to 16")
-      ->check(CLI::Range(1u, kMostCoroutines));
-  app.add_flag("-W,--out-of-order", request.out_of_order,
-               "Accepted for qemu-img's sake: the target is always written in any order");
-  add_cache_option(app, "-t,--target-cache", request.target_options.cache,
-                   "How the target is written: unsafe (default), writeback, none, writethrough, directsync");
-  add_cache_option(app, "-T,--source-cache", request.source_options.cache,
-                   "How the images are read: writeback (default) or none");
-  add_allow_path_option(app, request.source_options.allowed_directories);
-  app.add_flag("-U,--force-share", request.source_options.force_share,
-               "Take no locks on the images read: somebody else may write them");
-  app.add_flag_callback(
-      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag("-q,--quiet", quiet, "Show no progress");
+void add_options(CommandLine& line, Request& request, std::vector<std::string>& files, std::vector<std::string>& lists,
+                 std::string& sparse) {
+  line.texts("IMAGES", files, "The image to read, or several, which are laid one behind the other; then the target");
+  line.text("-f,--format", request.source_options.format, "Format of the images read", "FORMAT");
+  line.text("-O,--target-format", request.create.format, "Format of the target: raw (default), qcow2, qed or fvd",
+            "FORMAT");
+  line.texts("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them");
+  line.flag("-c,--compress", request.compress, "Compress the target");
+  line.text("-B,--backing", request.create.backing_file,
+            "Backing file of the target, which reads as the backing file of IMAGE does");
+  line.text("-F,--backing-format", request.create.backing_format,
+            "Its format, and that of backing files whose overlay does not record it", "FORMAT");
+  add_snapshot_option(line, request.source_options.snapshot);
+  line.text("-S,--sparse", sparse, "Shortest run of zeros that becomes a hole (4k); 0: none does", "SIZE");
+  line.flag("-n,--no-create", request.use_existing, "Write into a target that is there, and large enough");
+  line.flag("--target-is-zero", request.target_is_zero, "With -n: the target reads as zeros, which need no writing");
+  line.number("-m,--parallel", request.convert.workers, "How much is in flight at once, 1 to 16", "COUNT", 1,
+              kMostCoroutines);
+  line.flag("-W,--out-of-order", request.out_of_order,
+            "Accepted for qemu-img's sake: the target is always written in any order");
+  line.word("-t,--target-cache", request.target_options.cache, parse_cache_mode,
+            "How the target is written: unsafe (default), writeback, none, writethrough, directsync", "MODE");
+  line.word("-T,--source-cache", request.source_options.cache, parse_cache_mode,
+            "How the images are read: writeback (default) or none", "MODE");
+  add_allow_path_option(line, request.source_options.allowed_directories);
+  line.flag("-U,--force-share", request.source_options.force_share,
+            "Take no locks on the images read: somebody else may write them");
+  add_progress_options(line, request.show);
 }
 
 /// Compressing keeps the processors busy, and some threads more have its reads and writes overlap with it; for mere
@@ -185,36 +181,32 @@ unsigned default_workers(const Request& request) {
 
 int run_convert(Io& io, Arguments args) {
   Request request;
+  request.convert.workers = 0;  // nobody has said
   std::vector<std::string> files, lists;
   std::string sparse = "4k";
-  std::optional<unsigned> workers;
-  bool quiet = false;
-  CLI::App app("Copies an image, or several one behind the other, to a new image of any format.", "imgfuse convert");
-  add_options(app, request, files, lists, sparse, workers, quiet);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Copies an image, or several one behind the other, to a new image of any format.",
+                   "imgfuse convert");
+  add_options(line, request, files, lists, sparse);
+  if (const auto status = line.parse(io, args)) return *status;
 
-  const auto usage_error = [&](const Error& error) {
-    print_error(io, "", error, "\"imgfuse convert --help\" lists the options");
-    return kUsage;
-  };
   for (const std::string& list : lists) {
     if (list == "help" || list == "?") {
       io.out << kCreateOptionList << std::flush;
       return kSuccess;
     }
-    if (auto set = set_create_options(request.create, list); !set) return usage_error(set.error());
+    if (auto set = set_create_options(request.create, list); !set) return line.usage_error(io, set.error());
   }
-  if (files.size() < 2) return usage_error(Error(ErrorCode::invalid, "an image to read and a target are needed"));
+  if (files.size() < 2)
+    return line.usage_error(io, Error(ErrorCode::invalid, "an image to read and a target are needed"));
   const auto shortest = parse_sparse(sparse);
-  if (!shortest) return usage_error(shortest.error());
+  if (!shortest) return line.usage_error(io, shortest.error());
   request.convert.sparse = *shortest;
-  request.convert.workers = workers.value_or(default_workers(request));
+  if (request.convert.workers == 0) request.convert.workers = default_workers(request);
   request.target = files.back();
   files.pop_back();
   request.sources = std::move(files);
   request.create.allowed_directories = request.source_options.allowed_directories;
   request.target_options.allowed_directories = request.source_options.allowed_directories;
-  if (quiet) request.show = ShowProgress::never;
 
   if (auto converted = convert_images(std::move(request), io); !converted) {
     print_error(io, "", converted.error());

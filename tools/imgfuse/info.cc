@@ -1,7 +1,7 @@
 // imgfuse info: what an image is. Never opens what the image names unless asked for the chain.
 #include <fmt/format.h>
 
-#include "command.h"
+#include "command_line.h"
 #include "control/protocol.h"
 #include "imgfuse/check.h"
 #include "snapshot_list.h"
@@ -149,13 +149,13 @@ int run_info(Io& io, Arguments args) {
   OpenOptions options{.read_only = true};
   bool chain = false;
   bool json = false;
-  CLI::App app("Says what an image is. Opens nothing that the image names, unless asked for the chain.",
-               "imgfuse info");
-  app.add_option("IMAGE", image)->required();
-  app.add_flag("--backing-chain", chain, "The image and all its backing files, top first");
-  add_open_options(app, options);
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Says what an image is. Opens nothing that the image names, unless asked for the chain.",
+                   "imgfuse info");
+  line.text("IMAGE", image).required();
+  line.flag("--backing-chain", chain, "The image and all its backing files, top first");
+  add_open_options(line, options);
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
   if (const auto told = info(io, image, options, chain, json); !told) {
     print_error(io, image, told.error());
     return kFailure;

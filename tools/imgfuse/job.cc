@@ -1,7 +1,7 @@
 // imgfuse jobs and imgfuse job: what works on a mounted disk, and orders to it.
 #include <fmt/format.h>
 
-#include "command.h"
+#include "command_line.h"
 #include "job_list.h"
 #include "target.h"
 #include "text.h"
@@ -46,11 +46,11 @@ Result<> give(Io& io, const Order& order) {
   return {};
 }
 
-void add_action(CLI::App& app, Order& order, const std::string& action, const std::string& description) {
-  CLI::App* const command = app.add_subcommand(action, description);
-  command->add_option("MOUNT", order.mounted, "A mount point, or the image that is mounted")->required();
-  command->add_option("JOB", order.job, "The job's number")->required();
-  if (action == "set-rate") add_size_option(*command, "RATE", order.rate, "Bytes per second; 0: no limit")->required();
+void add_action(CommandLine& line, Order& order, const std::string& action, const std::string& description) {
+  CommandLine command = line.action(action, description);
+  command.text("MOUNT", order.mounted, "A mount point, or the image that is mounted").required();
+  command.number("JOB", order.job, "The job's number", "NUMBER").required();
+  if (action == "set-rate") command.size("RATE", order.rate, "Bytes per second; 0: no limit").required();
 }
 
 }  // namespace
@@ -58,10 +58,10 @@ void add_action(CLI::App& app, Order& order, const std::string& action, const st
 int run_jobs(Io& io, Arguments args) {
   std::string mounted;
   bool json = false;
-  CLI::App app("Lists the jobs on a mounted disk, those that are over too.", "imgfuse jobs");
-  app.add_option("MOUNT", mounted, "A mount point, or the image that is mounted")->required();
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Lists the jobs on a mounted disk, those that are over too.", "imgfuse jobs");
+  line.text("MOUNT", mounted, "A mount point, or the image that is mounted").required();
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
   if (const auto listed = list_jobs(io, mounted, json); !listed) {
     print_error(io, mounted, listed.error());
     return kFailure;
@@ -71,22 +71,18 @@ int run_jobs(Io& io, Arguments args) {
 
 int run_job(Io& io, Arguments args) {
   Order order;
-  CLI::App app("Pauses, resumes, ends or waits for a job on a mounted disk.", "imgfuse job");
-  app.require_subcommand(1);
-  app.fallthrough();
-  add_action(app, order, "pause", "Copy nothing until it is resumed; what changes is remembered");
-  add_action(app, order, "resume", "Go on, after an error too");
-  add_action(app, order, "cancel", "End it; its target is worth nothing");
-  add_action(app, order, "complete", "When both are alike the target of a mirror takes the image's place");
-  add_action(app, order, "finish", "When both are alike the target of a mirror is left as a copy");
-  add_action(app, order, "set-rate", "Limit how fast it copies");
-  add_action(app, order, "wait", "Return when it is over; exit status 1 if it failed or was cancelled");
-  app.add_flag_callback(
-      "-p,--progress", [&] { order.show = ShowProgress::always; }, "wait: show progress, not only on a terminal");
-  app.add_flag_callback(
-      "-q,--quiet", [&] { order.show = ShowProgress::never; }, "wait: show no progress");
-  if (const auto status = parse(app, io, args)) return *status;
-  order.action = app.get_subcommands().front()->get_name();
+  CommandLine line("Pauses, resumes, ends or waits for a job on a mounted disk.", "imgfuse job");
+  add_action(line, order, "pause", "Copy nothing until it is resumed; what changes is remembered");
+  add_action(line, order, "resume", "Go on, after an error too");
+  add_action(line, order, "cancel", "End it; its target is worth nothing");
+  add_action(line, order, "complete", "When both are alike the target of a mirror takes the image's place");
+  add_action(line, order, "finish", "When both are alike the target of a mirror is left as a copy");
+  add_action(line, order, "set-rate", "Limit how fast it copies");
+  add_action(line, order, "wait", "Return when it is over; exit status 1 if it failed or was cancelled");
+  line.flag("-p,--progress", order.show, ShowProgress::always, "wait: show progress, not only on a terminal");
+  line.flag("-q,--quiet", order.show, ShowProgress::never, "wait: show no progress");
+  if (const auto status = line.parse(io, args)) return *status;
+  order.action = line.action();
   if (const auto given = give(io, order); !given) {
     print_error(io, order.mounted, given.error());
     return kFailure;

@@ -12,9 +12,9 @@
 
 namespace imgfuse::tool {
 
-void add_live_options(CLI::App& app, LiveOptions& options) {
-  add_size_option(app, "--rate", options.rate, "Copy at most so many bytes per second");
-  app.add_flag("--detach", options.detach, "Leave the job to the daemon, and do not wait");
+void add_live_options(CommandLine& line, LiveOptions& options) {
+  line.size("--rate", options.rate, "Copy at most so many bytes per second");
+  line.flag("--detach", options.detach, "Leave the job to the daemon, and do not wait");
 }
 
 Result<> run_chain_job(control::Client& daemon, JobKind kind, const std::optional<std::string>& base,
@@ -41,19 +41,13 @@ int run_stream(Io& io, Arguments args) {
   std::optional<std::string> base;
   LiveOptions options;
   ShowProgress show = ShowProgress::on_terminal;
-  CLI::App app("Copies what a mounted disk has from its backing chain into its own image, until it needs none.",
-               "imgfuse stream");
-  app.add_option("MOUNT", mounted, "A mount point, or the image that is mounted")->required();
-  app.add_option_function<std::string>(
-         "-b,--base", [&](const std::string& name) { base = name; },
-         "The image of the backing chain that the disk keeps standing on")
-      ->type_name("LAYER");
-  add_live_options(app, options);
-  app.add_flag_callback(
-      "-p,--progress", [&] { show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag_callback(
-      "-q,--quiet", [&] { show = ShowProgress::never; }, "Show no progress");
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Copies what a mounted disk has from its backing chain into its own image, until it needs none.",
+                   "imgfuse stream");
+  line.text("MOUNT", mounted, "A mount point, or the image that is mounted").required();
+  line.text("-b,--base", base, "The image of the backing chain that the disk keeps standing on", "LAYER");
+  add_live_options(line, options);
+  add_progress_options(line, show);
+  if (const auto status = line.parse(io, args)) return *status;
   const auto stream = [&]() -> Result<> {
     IMG_LET(control::Client daemon, connect_to_daemon(mounted));
     return run_chain_job(daemon, JobKind::stream, base, options, show, io);

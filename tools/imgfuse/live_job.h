@@ -1,11 +1,10 @@
 // Jobs on the chain of a mounted disk, as subcommands start them.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
 
-#include "command.h"
+#include "command_line.h"
 #include "control/client.h"
 #include "imgfuse/jobs.h"
 #include "progress.h"
@@ -17,7 +16,7 @@ struct LiveOptions {
   bool detach = false;
 };
 /// --rate and --detach.
-void add_live_options(CLI::App& app, LiveOptions& options);
+void add_live_options(CommandLine& line, LiveOptions& options);
 
 /// Starts a stream or a commit and waits for its end, unless it is to be left to the daemon; its number is printed
 /// then. Who is interrupted cancels it.

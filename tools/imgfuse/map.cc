@@ -5,7 +5,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/check.h"
 #include "imgfuse/open.h"
 #include "target.h"
@@ -124,13 +124,12 @@ int run_map(Io& io, Arguments args) {
   OpenOptions options{.read_only = true};
   bool json = false;
   std::string bitmap;
-  CLI::App app("Lists which parts of the disk hold data, in which file of the chain, and where.", "imgfuse map");
-  app.add_option("IMAGE", image)->required();
-  app.add_option("--changed-since", bitmap, "What changed since this dirty bitmap was added or cleared")
-      ->type_name("BITMAP");
-  add_open_options(app, options);
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Lists which parts of the disk hold data, in which file of the chain, and where.", "imgfuse map");
+  line.text("IMAGE", image).required();
+  line.text("--changed-since", bitmap, "What changed since this dirty bitmap was added or cleared", "BITMAP");
+  add_open_options(line, options);
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
   const auto mapped = bitmap.empty() ? map(io, image, options, json) : changed_since(io, image, options, bitmap, json);
   if (!mapped) {
     io.out << std::flush;

@@ -3,7 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "command.h"
+#include "command_line.h"
 #include "create_options.h"
 #include "imgfuse/job.h"
 #include "open_disk.h"
@@ -42,34 +42,29 @@ int run_measure(Io& io, Arguments args) {
   std::vector<std::string> lists;
   std::optional<std::string> size;
   bool json = false;
-  CLI::App app("Says how many bytes a new image would take on the host, for what IMAGE holds or for a SIZE.",
-               "imgfuse measure");
-  app.add_option("IMAGE", image);
-  app.add_option("-O,--target-format", target.format, "Format of the new image: raw (default), qcow2, qed or fvd");
-  app.add_option("-o", lists, "Options of the new image as key=value,...; \"-o help\" lists them")
-      ->allow_extra_args(false);
-  app.add_option("--size", size, "Virtual size, instead of IMAGE")->type_name("SIZE");
-  add_snapshot_option(app, options.snapshot);
-  add_open_options(app, options);
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Says how many bytes a new image would take on the host, for what IMAGE holds or for a SIZE.",
+                   "imgfuse measure");
+  line.text("IMAGE", image);
+  line.text("-O,--target-format", target.format, "Format of the new image: raw (default), qcow2, qed or fvd", "FORMAT");
+  line.texts("-o", lists, "Options of the new image as key=value,...; \"-o help\" lists them");
+  line.text("--size", size, "Virtual size, instead of IMAGE", "SIZE");
+  add_snapshot_option(line, options.snapshot);
+  add_open_options(line, options);
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
 
-  const auto usage_error = [&](const Error& error) {
-    print_error(io, "", error, "\"imgfuse measure --help\" lists the options");
-    return kUsage;
-  };
   for (const std::string& list : lists) {
     if (list == "help" || list == "?") {
       io.out << kCreateOptionList << std::flush;
       return kSuccess;
     }
-    if (auto set = set_create_options(target, list); !set) return usage_error(set.error());
+    if (auto set = set_create_options(target, list); !set) return line.usage_error(io, set.error());
   }
   if (size) {
-    if (auto set = set_create_option(target, "size", *size); !set) return usage_error(set.error());
+    if (auto set = set_create_option(target, "size", *size); !set) return line.usage_error(io, set.error());
   }
   if (image.empty() != size.has_value())
-    return usage_error(Error(ErrorCode::invalid, "either an image or --size is needed, and not both"));
+    return line.usage_error(io, Error(ErrorCode::invalid, "either an image or --size is needed, and not both"));
 
   const auto measurement = measure_image(image, options, target);
   if (!measurement) {

@@ -4,7 +4,7 @@
 
 #include <filesystem>
 
-#include "command.h"
+#include "command_line.h"
 #include "control/jobs_json.h"
 #include "create_options.h"
 #include "imgfuse/check.h"
@@ -155,82 +155,57 @@ Result<> check(const Request& request) {
   return {};
 }
 
-template <class T>
-void add_word_option(CLI::App& app, const std::string& names, T& value, Result<T> (*parse)(const std::string&),
-                     const std::string& description) {
-  app.add_option_function<std::string>(
-         names,
-         [&value, names, parse](const std::string& word) {
-           const auto parsed = parse(word);
-           if (!parsed) throw CLI::ValidationError(names, parsed.error().text());
-           value = *parsed;
-         },
-         description)
-      ->type_name("WORD");
+void add_options(CommandLine& line, Request& request, std::optional<std::string>& format,
+                 std::vector<std::string>& lists) {
+  line.text("MOUNT", request.mounted, "A mount point, or the image that is mounted").required();
+  line.text("-O,--target-format", format, "Format of the target: qcow2 (default), qed, fvd or raw", "FORMAT");
+  line.texts("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them");
+  line.word("--sync", request.mirror.sync, control::parse_sync,
+            request.is_backup() ? "What is copied: full (default) all, top what the image itself holds"
+                                : "What is copied: full (default) all, top what the image itself holds, none what "
+                                  "changes from now on");
+  line.size("--rate", request.mirror.rate, "Copy at most so many bytes per second");
+  line.size("--granularity", request.mirror.granularity, "Unit of copying, a power of two (64k)");
+  line.size("--buffer", request.mirror.buffer, "Memory for what is on its way (16M)");
+  line.number("--in-flight", request.mirror.in_flight, "Operations at a time, 1 to 64 (16)", "COUNT", 1, 64);
+  line.word("--on-error", request.mirror.on_error, control::parse_on_error,
+            "report (default) fails, stop pauses, enospc pauses if there is no space, ignore tries again");
+  line.flag("--force", request.replace, "Replace a target that exists");
+  line.flag("-n,--no-create", request.use_existing, "Write into a target that exists and is large enough");
+  line.flag("--detach", request.detach, "Leave the job to the daemon, and do not wait");
+  add_allow_path_option(line, request.create.allowed_directories);
+  add_progress_options(line, request.show);
 }
 
-void add_options(CLI::App& app, Request& request, std::optional<std::string>& format, std::vector<std::string>& lists) {
-  app.add_option("MOUNT", request.mounted, "A mount point, or the image that is mounted")->required();
-  app.add_option("-O,--target-format", format, "Format of the target: qcow2 (default), qed, fvd or raw");
-  app.add_option("-o", lists, "Options of the target as key=value,...; \"-o help\" lists them")
-      ->allow_extra_args(false);
-  add_word_option(app, "--sync", request.mirror.sync, control::parse_sync,
-                  request.is_backup()
-                      ? "What is copied: full (default) all, top what the image itself holds"
-                      : "What is copied: full (default) all, top what the image itself holds, none what "
-                        "changes from now on");
-  add_size_option(app, "--rate", request.mirror.rate, "Copy at most so many bytes per second");
-  add_size_option(app, "--granularity", request.mirror.granularity, "Unit of copying, a power of two (64k)");
-  add_size_option(app, "--buffer", request.mirror.buffer, "Memory for what is on its way (16M)");
-  app.add_option("--in-flight", request.mirror.in_flight, "Operations at a time, 1 to 64 (16)")
-      ->check(CLI::Range(1u, 64u));
-  add_word_option(app, "--on-error", request.mirror.on_error, control::parse_on_error,
-                  "report (default) fails, stop pauses, enospc pauses if there is no space, ignore tries again");
-  app.add_flag("--force", request.replace, "Replace a target that exists");
-  app.add_flag("-n,--no-create", request.use_existing, "Write into a target that exists and is large enough");
-  app.add_flag("--detach", request.detach, "Leave the job to the daemon, and do not wait");
-  add_allow_path_option(app, request.create.allowed_directories);
-  app.add_flag_callback(
-      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag_callback(
-      "-q,--quiet", [&] { request.show = ShowProgress::never; }, "Show no progress");
+void add_mirror_options(CommandLine& line, Request& request) {
+  line.text("TARGET", request.target, "The image to make; without it an order is for the mirror that runs");
+  line.flag("--complete", request.complete, "When both are alike the target takes the image's place in the mount");
+  line.flag("--finish", request.finish, "When both are alike the target is left as a copy of that instant");
+  line.flag("--cancel", request.cancel, "End the mirror that runs; the image stays as it is");
+  line.flag("--write-blocking", request.mirror.write_blocking,
+            "Writes return when both sides have them, so that it comes to an end however busy the disk is");
 }
 
-void add_mirror_options(CLI::App& app, Request& request) {
-  app.add_option("TARGET", request.target, "The image to make; without it an order is for the mirror that runs");
-  app.add_flag("--complete", request.complete, "When both are alike the target takes the image's place in the mount");
-  app.add_flag("--finish", request.finish, "When both are alike the target is left as a copy of that instant");
-  app.add_flag("--cancel", request.cancel, "End the mirror that runs; the image stays as it is");
-  app.add_flag("--write-blocking", request.mirror.write_blocking,
-               "Writes return when both sides have them, so that it comes to an end however busy the disk is");
-}
-
-void add_backup_options(CLI::App& app, Request& request) {
-  app.add_option("TARGET", request.target, "The image to make")->required();
-  app.add_option_function<std::string>(
-         "--incremental", [&](const std::string& name) { request.mirror.bitmap = name; },
-         "Copy what this bitmap says has changed; it is clear from then on")
-      ->type_name("BITMAP");
+void add_backup_options(CommandLine& line, Request& request) {
+  line.text("TARGET", request.target, "The image to make").required();
+  line.text("--incremental", request.mirror.bitmap, "Copy what this bitmap says has changed; it is clear from then on",
+            "BITMAP");
 }
 
 int run(Io& io, Arguments args, JobKind kind) {
   Request request{.mirror = {.kind = kind}};
   std::optional<std::string> format;
   std::vector<std::string> lists;
-  CLI::App app(request.is_backup()
-                   ? "Copies a mounted disk as it is now to another image, while it is in use."
-                   : "Copies a mounted disk to another image while it is in use, and serves that one if wanted.",
-               fmt::format("imgfuse {}", request.kind()));
-  add_options(app, request, format, lists);
+  CommandLine line(request.is_backup()
+                       ? "Copies a mounted disk as it is now to another image, while it is in use."
+                       : "Copies a mounted disk to another image while it is in use, and serves that one if wanted.",
+                   fmt::format("imgfuse {}", request.kind()));
+  add_options(line, request, format, lists);
   if (request.is_backup())
-    add_backup_options(app, request);
+    add_backup_options(line, request);
   else
-    add_mirror_options(app, request);
-  if (const auto status = parse(app, io, args)) return *status;
-  const auto usage_error = [&](const Error& error) {
-    print_error(io, "", error, fmt::format("\"{} --help\" lists the options", app.get_name()));
-    return kUsage;
-  };
+    add_mirror_options(line, request);
+  if (const auto status = line.parse(io, args)) return *status;
   if (format) request.mirror.format = request.create.format = *format;
   for (const std::string& list : lists) {
     if (list == "help" || list == "?") {
@@ -238,9 +213,9 @@ int run(Io& io, Arguments args, JobKind kind) {
       return kSuccess;
     }
     request.has_create_options = true;
-    if (auto set = set_create_options(request.create, list); !set) return usage_error(set.error());
+    if (auto set = set_create_options(request.create, list); !set) return line.usage_error(io, set.error());
   }
-  if (auto good = check(request); !good) return usage_error(good.error());
+  if (auto good = check(request); !good) return line.usage_error(io, good.error());
   if (auto mirrored = mirror(request, io); !mirrored) {
     print_error(io, request.mounted, mirrored.error());
     return kFailure;

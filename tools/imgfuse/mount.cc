@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "command.h"
+#include "command_line.h"
 #include "fuse/background.h"
 #include "fuse/mountpoint.h"
 #include "fuse/options.h"
@@ -39,20 +39,6 @@ struct MountRequest {
   bool fake = false;    ///< mount(8)'s -f: check everything, mount nothing
   bool sloppy = false;  ///< mount(8)'s -s: skip unknown options
 };
-
-Result<CacheMode> parse_cache_mode(std::string_view name) {
-  static constexpr std::array<std::pair<std::string_view, CacheMode>, 5> kModes = {{
-      {"writeback", CacheMode::writeback},
-      {"none", CacheMode::none},
-      {"writethrough", CacheMode::writethrough},
-      {"directsync", CacheMode::directsync},
-      {"unsafe", CacheMode::unsafe},
-  }};
-  for (const auto& [word, mode] : kModes)
-    if (word == name) return mode;
-  return fail(ErrorCode::invalid, "cache mode \"{}\" is none of writeback, none, writethrough, directsync, unsafe",
-              name);
-}
 
 Result<uint64_t> parse_cache_size(std::string_view text) {
   constexpr uint64_t kSmallest = 256_KiB;
@@ -237,54 +223,26 @@ int mount(Io& io, MountRequest& request) {
   return serve(io, request, background);
 }
 
-int usage_error(Io& io, const Error& error) {
-  print_error(io, "", error, "\"imgfuse mount --help\" lists the options");
-  return kUsage;
-}
-
-void add_mount_options(CLI::App& app, MountRequest& request, std::vector<std::string>& lists) {
-  app.add_option("IMAGE", request.image, "A qcow2, qed, fvd or raw image")->required();
-  app.add_option("MOUNTPOINT", request.mountpoint, "A file that becomes the disk, or a directory that shows disk.raw")
-      ->required();
-  app.add_flag("-f,--foreground", request.foreground, "Stay in the foreground; the exit status tells how closing went");
-  app.add_option("-o", lists, "Options as in fstab, see below")->type_name("LIST")->allow_extra_args(false);
-  app.add_flag("-r,--read-only", request.mount.read_only, "Change nothing");
-  app.add_flag("-s", request.mount.single_threaded, "Answer one request at a time");
-  app.add_flag("-d,--debug", request.mount.debug, "Show every request; implies -f");
-  add_open_options(app, request.open, FormatFlag::long_only);
-  app.add_option_function<std::string>(
-         "--data-file", [&](const std::string& name) { request.open.data_file = name; },
-         "The image's external data file, whatever the image calls it")
-      ->type_name("FILE");
-  app.add_option_function<std::string>(
-         "--cache",
-         [&](const std::string& name) {
-           const auto mode = parse_cache_mode(name);
-           if (!mode) throw CLI::ValidationError("--cache", mode.error().text());
-           request.open.cache = *mode;
-         },
-         "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe")
-      ->type_name("MODE");
-  app.add_flag("--allow-storage-command", request.open.allow_storage_command,
-               "Let an FVD image run its own command when its device is full");
-  app.add_option_function<std::string>(
-         "--metadata-cache",
-         [&](const std::string& text) {
-           const auto size = parse_cache_size(text);
-           if (!size) throw CLI::ValidationError("--metadata-cache", size.error().text());
-           request.open.metadata_cache = *size;
-         },
-         "Memory for the image's tables (default 32M)")
-      ->type_name("SIZE");
-  app.add_option_function<std::string>(
-         "--compressed-cache",
-         [&](const std::string& text) {
-           const auto size = parse_size(text);
-           if (!size) throw CLI::ValidationError("--compressed-cache", size.error().text());
-           request.open.compressed_cache = *size;
-         },
-         "Memory for decompressed clusters (default 16M, 0: none)")
-      ->type_name("SIZE");
+void add_mount_options(CommandLine& line, MountRequest& request, std::vector<std::string>& lists) {
+  line.text("IMAGE", request.image, "A qcow2, qed, fvd or raw image").required();
+  line.text("MOUNTPOINT", request.mountpoint, "A file that becomes the disk, or a directory that shows disk.raw")
+      .required();
+  line.flag("-f,--foreground", request.foreground, "Stay in the foreground; the exit status tells how closing went");
+  line.texts("-o", lists, "Options as in fstab, see below", "LIST");
+  line.flag("-r,--read-only", request.mount.read_only, "Change nothing");
+  line.flag("-s", request.mount.single_threaded, "Answer one request at a time");
+  line.flag("-d,--debug", request.mount.debug, "Show every request; implies -f");
+  add_open_options(line, request.open, FormatFlag::long_only);
+  line.text("--data-file", request.open.data_file, "The image's external data file, whatever the image calls it",
+            "FILE");
+  line.word("--cache", request.open.cache, parse_cache_mode,
+            "How the image is accessed: writeback (default), none, writethrough, directsync or unsafe", "MODE");
+  line.flag("--allow-storage-command", request.open.allow_storage_command,
+            "Let an FVD image run its own command when its device is full");
+  line.word("--metadata-cache", request.open.metadata_cache, parse_cache_size,
+            "Memory for the image's tables (default 32M)", "SIZE");
+  line.size("--compressed-cache", request.open.compressed_cache,
+            "Memory for decompressed clusters (default 16M, 0: none)");
 }
 
 constexpr const char* kFooter =
@@ -302,16 +260,16 @@ constexpr const char* kFooter =
 int run_mount(Io& io, Arguments args) {
   MountRequest request;
   std::vector<std::string> lists;
-  CLI::App app("Presents an image as a raw file.", "imgfuse mount");
-  app.footer(kFooter);
-  app.set_version_flag("-V,--version", "imgfuse " IMGFUSE_VERSION);
-  add_mount_options(app, request, lists);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Presents an image as a raw file.", "imgfuse mount");
+  line.footer(kFooter);
+  line.version("imgfuse " IMGFUSE_VERSION);
+  add_mount_options(line, request, lists);
+  if (const auto status = line.parse(io, args)) return *status;
   const bool read_only = request.mount.read_only;
   for (const std::string& list : lists)
-    if (auto taken = take_option_list(request, list); !taken) return usage_error(io, taken.error());
+    if (auto taken = take_option_list(request, list); !taken) return line.usage_error(io, taken.error());
   if (read_only) request.mount.read_only = true;  // -r wins over -o rw
-  if (auto good = check_options(request); !good) return usage_error(io, good.error());
+  if (auto good = check_options(request); !good) return line.usage_error(io, good.error());
   if (request.mount.debug) request.foreground = true;
   return mount(io, request);
 }
@@ -321,21 +279,21 @@ int run_mount_helper(Io& io, Arguments args) {
   std::vector<std::string> lists;
   std::string ignored;
   bool ignored_flag = false;
-  CLI::App app("Called by mount(8) for type imgfuse.", "mount.imgfuse");
-  app.add_option("SPEC", request.image)->required();
-  app.add_option("DIR", request.mountpoint)->required();
-  app.add_flag("-s", request.sloppy);
-  app.add_flag("-f", request.fake);
-  app.add_flag("-n,-v", ignored_flag);
-  app.add_flag("-r", request.mount.read_only);
-  app.add_flag("-w", ignored_flag);
-  app.add_option("-o", lists)->allow_extra_args(false);
-  app.add_option("-t", ignored);
-  app.add_option("-N", ignored);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Called by mount(8) for type imgfuse.", "mount.imgfuse");
+  line.text("SPEC", request.image).required();
+  line.text("DIR", request.mountpoint).required();
+  line.flag("-s", request.sloppy);
+  line.flag("-f", request.fake);
+  line.flag("-n,-v", ignored_flag);
+  line.flag("-r", request.mount.read_only);
+  line.flag("-w", ignored_flag);
+  line.texts("-o", lists);
+  line.text("-t", ignored);
+  line.text("-N", ignored);
+  if (const auto status = line.parse(io, args)) return *status;
   for (const std::string& list : lists)
-    if (auto taken = take_option_list(request, list); !taken) return usage_error(io, taken.error());
-  if (auto good = check_options(request); !good) return usage_error(io, good.error());
+    if (auto taken = take_option_list(request, list); !taken) return line.usage_error(io, taken.error());
+  if (auto good = check_options(request); !good) return line.usage_error(io, good.error());
   return mount(io, request);
 }
 

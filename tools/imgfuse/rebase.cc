@@ -1,7 +1,7 @@
 // imgfuse rebase: give an image another backing file.
 #include <filesystem>
 
-#include "command.h"
+#include "command_line.h"
 #include "imgfuse/amend.h"
 #include "imgfuse/check.h"
 #include "imgfuse/job.h"
@@ -75,31 +75,23 @@ Result<> rebase(const Request& request, Io& io) {
 
 int run_rebase(Io& io, Arguments args) {
   Request request;
-  bool quiet = false;
-  CLI::App app(
+  CommandLine line(
       "Gives an image another backing file. The disk reads as before: what would change is copied into the image "
       "first.",
       "imgfuse rebase");
-  app.add_option("IMAGE", request.image)->required();
-  app.add_option("-b,--backing", request.backing, "The new backing file; \"\" for none. Relative to the image")
-      ->required();
-  app.add_option_function<std::string>(
-      "-F,--backing-format", [&](const std::string& name) { request.backing_format = name; },
-      "Its format: raw, qcow2, qed or fvd");
-  app.add_flag("-u,--unsafe", request.unsafe,
-               "Change the name only, without looking at either file: for one that was moved or renamed");
-  app.add_option_function<std::string>(
-      "-f,--format", [&](const std::string& name) { request.options.format = name; },
-      "The image's format; found out from the image if not given");
-  add_cache_option(app, "-t,--cache", request.options.cache, "How the image is written: writeback (default) or none");
-  add_cache_option(app, "-T,--backing-cache", request.backing_cache,
-                   "How the new backing file is read: writeback (default) or none");
-  add_allow_path_option(app, request.options.allowed_directories);
-  app.add_flag_callback(
-      "-p,--progress", [&] { request.show = ShowProgress::always; }, "Show progress, not only on a terminal");
-  app.add_flag("-q,--quiet", quiet, "Show no progress");
-  if (const auto status = parse(app, io, args)) return *status;
-  if (quiet) request.show = ShowProgress::never;
+  line.text("IMAGE", request.image).required();
+  line.text("-b,--backing", request.backing, "The new backing file; \"\" for none. Relative to the image").required();
+  line.text("-F,--backing-format", request.backing_format, "Its format: raw, qcow2, qed or fvd", "FORMAT");
+  line.flag("-u,--unsafe", request.unsafe,
+            "Change the name only, without looking at either file: for one that was moved or renamed");
+  add_format_option(line, request.options.format);
+  line.word("-t,--cache", request.options.cache, parse_cache_mode,
+            "How the image is written: writeback (default) or none", "MODE");
+  line.word("-T,--backing-cache", request.backing_cache, parse_cache_mode,
+            "How the new backing file is read: writeback (default) or none", "MODE");
+  add_allow_path_option(line, request.options.allowed_directories);
+  add_progress_options(line, request.show);
+  if (const auto status = line.parse(io, args)) return *status;
 
   if (auto rebased = rebase(request, io); !rebased) {
     print_error(io, request.image, rebased.error());

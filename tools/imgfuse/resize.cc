@@ -1,7 +1,7 @@
 // imgfuse resize: make a disk larger or smaller.
 #include <limits>
 
-#include "command.h"
+#include "command_line.h"
 #include "create_options.h"
 #include "imgfuse/open.h"
 #include "target.h"
@@ -60,27 +60,20 @@ int run_resize(Io& io, Arguments args) {
     size_text = args.back();
     args = args.first(args.size() - 1);
   }
-  CLI::App app("Makes a disk larger or smaller. What it gains reads as zeros.", "imgfuse resize");
-  app.add_option("IMAGE", image, "An image, or the mount point of one")->required();
-  CLI::Option* const size_option =
-      app.add_option("SIZE", size_text, "The new size, as 10G; or by how much it changes: +10G, -10G");
-  if (size_text.empty()) size_option->required();
-  app.add_option_function<std::string>(
-      "-f,--format", [&](const std::string& name) { open.format = name; },
-      "The image's format; found out from the image if not given");
-  app.add_flag("--shrink", shrink, "Allow to lose what lies behind the new end");
-  app.add_option("--preallocation", preallocation, "Of what is added: off (default), metadata, falloc or full");
-  add_allow_path_option(app, open.allowed_directories);
-  app.add_flag("-q,--quiet", quiet, "Say nothing on success");
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Makes a disk larger or smaller. What it gains reads as zeros.", "imgfuse resize");
+  line.text("IMAGE", image, "An image, or the mount point of one").required();
+  const auto size_option = line.text("SIZE", size_text, "The new size, as 10G; or by how much it changes: +10G, -10G");
+  if (size_text.empty()) size_option.required();
+  add_format_option(line, open.format);
+  line.flag("--shrink", shrink, "Allow to lose what lies behind the new end");
+  line.text("--preallocation", preallocation, "Of what is added: off (default), metadata, falloc or full");
+  add_allow_path_option(line, open.allowed_directories);
+  line.flag("-q,--quiet", quiet, "Say nothing on success");
+  if (const auto status = line.parse(io, args)) return *status;
 
-  const auto usage_error = [&](const Error& error) {
-    print_error(io, "", error, "\"imgfuse resize --help\" lists the options");
-    return kUsage;
-  };
-  if (const auto mode = parse_preallocation(preallocation); !mode) return usage_error(mode.error());
+  if (const auto mode = parse_preallocation(preallocation); !mode) return line.usage_error(io, mode.error());
   const auto size = parse_new_size(size_text);
-  if (!size) return usage_error(size.error());
+  if (!size) return line.usage_error(io, size.error());
 
   if (auto resized = resize(image, open, *size, shrink, preallocation); !resized) {
     print_error(io, image, resized.error());

@@ -1,5 +1,5 @@
 // imgfuse snapshot: list, create, apply and delete the internal snapshots of an image, mounted or not.
-#include "command.h"
+#include "command_line.h"
 #include "snapshot_list.h"
 #include "target.h"
 #include "text.h"
@@ -39,31 +39,28 @@ Result<> run(Io& io, const SnapshotRequest& request, const std::string& action) 
   return {};
 }
 
-CLI::App* add_action(CLI::App& app, SnapshotRequest& request, const std::string& action,
-                     const std::string& description) {
-  CLI::App* const command = app.add_subcommand(action, description);
-  command->add_option("IMAGE", request.image, "An image, or the mount point of one")->required();
+void add_action(CommandLine& line, SnapshotRequest& request, const std::string& action,
+                const std::string& description) {
+  CommandLine command = line.action(action, description);
+  command.text("IMAGE", request.image, "An image, or the mount point of one").required();
   if (action != "list")
-    command->add_option("NAME", request.name, action == "create" ? "Its name" : "Its id or name")->required();
-  return command;
+    command.text("NAME", request.name, action == "create" ? "Its name" : "Its id or name").required();
 }
 
 }  // namespace
 
 int run_snapshot(Io& io, Arguments args) {
   SnapshotRequest request;
-  CLI::App app("Lists, creates, applies and deletes the snapshots inside an image, mounted or not.",
-               "imgfuse snapshot");
-  app.require_subcommand(1);
-  app.fallthrough();
-  add_action(app, request, "list", "List the snapshots");
-  add_action(app, request, "create", "Keep what the disk holds now under a name");
-  add_action(app, request, "apply", "Make the disk what it was; what was written since is lost");
-  add_action(app, request, "delete", "Forget a snapshot, and give its space back");
-  add_open_options(app, request.open);
-  add_json_option(app, request.json);
-  if (const auto status = parse(app, io, args)) return *status;
-  if (const auto done = run(io, request, app.get_subcommands().front()->get_name()); !done) {
+  CommandLine line("Lists, creates, applies and deletes the snapshots inside an image, mounted or not.",
+                   "imgfuse snapshot");
+  add_action(line, request, "list", "List the snapshots");
+  add_action(line, request, "create", "Keep what the disk holds now under a name");
+  add_action(line, request, "apply", "Make the disk what it was; what was written since is lost");
+  add_action(line, request, "delete", "Forget a snapshot, and give its space back");
+  add_open_options(line, request.open);
+  add_json_option(line, request.json);
+  if (const auto status = line.parse(io, args)) return *status;
+  if (const auto done = run(io, request, line.action()); !done) {
     print_error(io, request.image, done.error());
     return kFailure;
   }

@@ -2,7 +2,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include "command.h"
+#include "command_line.h"
 #include "control/jobs_json.h"
 #include "control/statistics_json.h"
 #include "fuse/mountpoint.h"
@@ -118,9 +118,9 @@ Result<> show_status(Io& io, const std::string& mounted, bool json) {
 
 int run_list(Io& io, Arguments args) {
   bool json = false;
-  CLI::App app("Lists what this user has mounted; for root, everything.", "imgfuse list");
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Lists what this user has mounted; for root, everything.", "imgfuse list");
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
   const Json list = list_mounts();
   if (json)
     io.out << control::to_text(list) << "\n";
@@ -133,10 +133,10 @@ int run_list(Io& io, Arguments args) {
 int run_status(Io& io, Arguments args) {
   std::string mounted;
   bool json = false;
-  CLI::App app("Says what a mounted disk has done: requests, how long they took, caches, jobs.", "imgfuse status");
-  app.add_option("MOUNT", mounted, "A mount point, or the image that is mounted")->required();
-  add_json_option(app, json);
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line("Says what a mounted disk has done: requests, how long they took, caches, jobs.", "imgfuse status");
+  line.text("MOUNT", mounted, "A mount point, or the image that is mounted").required();
+  add_json_option(line, json);
+  if (const auto status = line.parse(io, args)) return *status;
   if (const auto shown = show_status(io, mounted, json); !shown) {
     print_error(io, mounted, shown.error());
     return kFailure;

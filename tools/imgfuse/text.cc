@@ -5,9 +5,8 @@
 #include <array>
 #include <charconv>
 #include <cmath>
-#include <map>
+#include <optional>
 #include <ostream>
-#include <vector>
 
 namespace imgfuse::tool {
 namespace {
@@ -74,88 +73,6 @@ void print_error(Io& io, std::string_view subject, const Error& error, std::stri
 
 void print_warning(Io& io, std::string_view subject, std::string_view text) {
   io.err << fmt::format("imgfuse: {}: warning: {}\n", subject, text) << std::flush;
-}
-
-void add_open_options(CLI::App& app, OpenOptions& options, FormatFlag flag) {
-  app.add_option_function<std::string>(
-         flag == FormatFlag::with_f ? "-f,--format" : "--format",
-         [&](const std::string& name) { options.format = name; },
-         "The image's format; found out from the image if not given")
-      ->type_name("FORMAT");
-  app.add_option_function<std::string>(
-         flag == FormatFlag::with_f ? "-F,--backing-format" : "--backing-format",
-         [&](const std::string& name) { options.backing_format = name; },
-         "Format of backing files whose overlay does not record it")
-      ->type_name("FORMAT");
-  add_allow_path_option(app, options.allowed_directories);
-  app.add_flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
-}
-
-void add_allow_path_option(CLI::App& app, std::vector<std::string>& directories) {
-  app.add_option("--allow-path", directories,
-                 "Directory in which files named by the image may lie, besides the image's own; may be repeated")
-      ->type_name("DIR")
-      ->allow_extra_args(false);
-}
-
-void add_cache_option(CLI::App& app, const std::string& names, CacheMode& cache, const std::string& description) {
-  static const std::map<std::string, CacheMode> kModes = {{"writeback", CacheMode::writeback},
-                                                          {"none", CacheMode::none},
-                                                          {"writethrough", CacheMode::writethrough},
-                                                          {"directsync", CacheMode::directsync},
-                                                          {"unsafe", CacheMode::unsafe}};
-  app.add_option_function<std::string>(
-         names, [&cache](const std::string& name) { cache = kModes.at(name); }, description)
-      ->check(CLI::IsMember(kModes))
-      ->type_name("MODE");
-}
-
-void add_snapshot_option(CLI::App& app, std::optional<std::string>& snapshot) {
-  app.add_option_function<std::string>(
-         "-l,--snapshot",
-         [&snapshot](const std::string& name) {
-           snapshot = name;
-           for (const std::string_view key : {"snapshot.id=", "snapshot.name="})
-             if (name.starts_with(key)) snapshot = name.substr(key.size(), name.find(',') - key.size());
-         },
-         "Read this internal snapshot, by id or name")
-      ->type_name("SNAPSHOT");
-}
-
-void add_json_option(CLI::App& app, bool& json) {
-  app.add_flag("--json", json, "Write JSON with qemu-img's keys");
-  app.add_option_function<std::string>(
-         "--output", [&](const std::string& form) { json = form == "json"; }, "human or json")
-      ->check(CLI::IsMember({"human", "json"}));
-}
-
-CLI::Option* add_size_option(CLI::App& app, const std::string& names, uint64_t& size, const std::string& description) {
-  return app
-      .add_option_function<std::string>(
-          names,
-          [&size, names](const std::string& text) {
-            const auto parsed = parse_size(text);
-            if (!parsed) throw CLI::ValidationError(names, parsed.error().text());
-            size = *parsed;
-          },
-          description)
-      ->type_name("SIZE");
-}
-
-std::optional<int> parse(CLI::App& app, Io& io, Arguments args) {
-  try {
-    app.parse(std::vector<std::string>(args.rbegin(), args.rend()));  // CLI11 wants them in reverse
-    return std::nullopt;
-  } catch (const CLI::CallForHelp&) {
-    io.out << app.help() << std::flush;
-    return kSuccess;
-  } catch (const CLI::CallForVersion& version) {
-    io.out << version.what() << '\n' << std::flush;
-    return kSuccess;
-  } catch (const CLI::ParseError& error) {
-    io.err << fmt::format("imgfuse: {} (try \"{} --help\")\n", error.what(), app.get_name()) << std::flush;
-    return kUsage;
-  }
 }
 
 }  // namespace imgfuse::tool

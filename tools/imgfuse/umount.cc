@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "command.h"
+#include "command_line.h"
 #include "control/client.h"
 #include "control/jobs_json.h"
 #include "fuse/mountpoint.h"
@@ -134,12 +134,13 @@ int run_umount(Io& io, Arguments args) {
   std::string mountpoint;
   bool lazy = false;
   bool force = false;
-  CLI::App app("Unmounts, and returns when the image is closed and its daemon gone. Exit status 1 if closing failed.",
-               "imgfuse umount");
-  app.add_option("MOUNTPOINT", mountpoint, "As given to imgfuse mount")->required();
-  app.add_flag("-z,--lazy", lazy, "Hide the mount at once, even in use, and do not wait for the daemon");
-  app.add_flag("-f,--force", force, "Cancel the jobs that run, without asking");
-  if (const auto status = parse(app, io, args)) return *status;
+  CommandLine line(
+      "Unmounts, and returns when the image is closed and its daemon gone. Exit status 1 if closing failed.",
+      "imgfuse umount");
+  line.text("MOUNTPOINT", mountpoint, "As given to imgfuse mount").required();
+  line.flag("-z,--lazy", lazy, "Hide the mount at once, even in use, and do not wait for the daemon");
+  line.flag("-f,--force", force, "Cancel the jobs that run, without asking");
+  if (const auto status = line.parse(io, args)) return *status;
   return umount(io, mountpoint, lazy, force);
 }
 
