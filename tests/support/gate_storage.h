@@ -9,6 +9,7 @@
 #include <future>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "base/mutex.h"
@@ -81,8 +82,8 @@ class Background {
 };
 
 /// Runs `f` in a thread of its own.
-template <class F>
-auto in_background(F f) {
+template <class Value>
+Background<Value> run_in_background(std::function<Value()> f) {
   std::promise<pid_t> started;
   std::future<pid_t> thread = started.get_future();
   auto result = std::async(std::launch::async, [started = std::move(started), f = std::move(f)]() mutable {
@@ -90,6 +91,11 @@ auto in_background(F f) {
     return f();
   });
   return Background(thread.get(), std::move(result));
+}
+/// What it takes to run a thread is compiled once for each type of value, not for each `f`.
+template <class F>
+auto in_background(F f) {
+  return run_in_background(std::function<std::invoke_result_t<F&>()>(std::move(f)));
 }
 
 /// How often a thread has gone to sleep, if it sleeps now.
