@@ -293,7 +293,7 @@ class Bench(JobCase):
             run('cp', '--sparse=always', image, theirs)
             for case in self.CASES:
                 with self.subTest(case, format=format):
-                    arguments = ('-f', format, '-w', '-d', '2', '--pattern=65', *case)
+                    arguments = ('-f', format, '-w', '-d', '2', '--pattern=0x41', *case)
                     ours = run(IMGFUSE, 'bench', *arguments, image)
                     expected = run('qemu-img', 'bench', *arguments, theirs)
                     self.assertEqual(ours.split('Run completed')[0], expected.split('Run completed')[0])

@@ -138,7 +138,9 @@ class Bench(BadInputCase):
                                     ('-c', '99999999999999999999', '"99999999999999999999"'), ('-c', '3x', '"3x"'),
                                     ('-d', '0', 'from 1 to 1024'), ('-d', '2000', 'from 1 to 1024'),
                                     ('--pattern', '256', 'from 0 to 255'), ('-s', 'x', 'buffer-size: "x"'),
-                                    ('--flush-interval', '-1', 'flush-interval: "-1" is not a number'),
+                                    ('--pattern', '0x100', 'from 0 to 255'),
+                                    ('--pattern', '0x', 'from 0 to 255'), ('--pattern', '', 'from 0 to 255'),
+                                    ('--flush-interval', '-1', 'flush-interval: "-1" is not a whole number'),
                                     ('-t', 'fast', 'writethrough'), ('--output', 'xml', 'neither human nor json'),
                                     ('-i', 'native', '')):
             with self.subTest(option=option, value=value):

@@ -421,6 +421,13 @@ class Mount8(ImageCase):
             'rw,nofail,noauto,_netdev,x-systemd.automount,comment=hello', '-t', 'imgfuse')
         self.check(point, image)
 
+    def test_the_helper_says_where_its_options_are_listed(self):
+        outcome = attempt('/usr/sbin/mount.imgfuse', self.qcow2(), self.folder, '-o', 'cache=fast')
+        self.assertEqual(outcome.status, 2, outcome)
+        self.assertIn('cache mode "fast"', outcome.err)
+        self.assertIn('imgfuse mount --help', outcome.err)
+        self.assertFalse(is_mounted(self.folder))
+
     def test_fstab_lines(self):
         image, point = self.qcow2(), self.path('point')
         point.touch()

@@ -81,7 +81,7 @@ class Background {
   std::future<T> result_;
 };
 
-/// Runs `f` in a thread of its own.
+/// What it takes to run a thread, compiled once for each type of value and not for each function.
 template <class Value>
 Background<Value> run_in_background(std::function<Value()> f) {
   std::promise<pid_t> started;
@@ -92,7 +92,8 @@ Background<Value> run_in_background(std::function<Value()> f) {
   });
   return Background(thread.get(), std::move(result));
 }
-/// What it takes to run a thread is compiled once for each type of value, not for each `f`.
+
+/// Runs `f` in a thread of its own.
 template <class F>
 auto in_background(F f) {
   return run_in_background(std::function<std::invoke_result_t<F&>()>(std::move(f)));

@@ -1,6 +1,8 @@
 // imgfuse bench: how fast is an image, without FUSE?
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <chrono>
 #include <nlohmann/json.hpp>
 
 #include "command_line.h"

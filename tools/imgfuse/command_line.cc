@@ -60,11 +60,14 @@ CommandLine::Option CommandLine::size(const std::string& names, uint64_t& value,
 }
 
 Result<uint64_t> CommandLine::parse_number(std::string_view text, uint64_t least, uint64_t most) {
+  const bool hex = text.starts_with("0x") || text.starts_with("0X");
+  const std::string_view digits = text.substr(hex ? 2 : 0);
   uint64_t number = 0;
-  const char* const end = text.data() + text.size();
-  const auto [rest, error] = std::from_chars(text.data(), end, number);
+  const char* const end = digits.data() + digits.size();
+  const auto [rest, error] = std::from_chars(digits.data(), end, number, hex ? 16 : 10);
   if (error != std::errc() || rest != end || number < least || number > most) {
-    if (most == std::numeric_limits<uint64_t>::max()) return fail(ErrorCode::invalid, "\"{}\" is not a number", text);
+    if (most == std::numeric_limits<uint64_t>::max())
+      return fail(ErrorCode::invalid, "\"{}\" is not a whole number from {} on, below 2^64", text, least);
     return fail(ErrorCode::invalid, "\"{}\" is not a number from {} to {}", text, least, most);
   }
   return number;
@@ -78,13 +81,13 @@ void CommandLine::when(const std::string& names, std::function<void()> given, co
   app_->add_flag_callback(names, std::move(given), description);
 }
 
-CommandLine CommandLine::action(const std::string& word, const std::string& description) {
+CommandLine CommandLine::add_action(const std::string& word, const std::string& description) {
   app_->require_subcommand(1);
   app_->fallthrough();  // options may stand behind the word, too
   return CommandLine(std::shared_ptr<CLI::App>(app_, app_->add_subcommand(word, description)));
 }
 
-std::string CommandLine::action() const { return app_->get_subcommands().front()->get_name(); }
+std::string CommandLine::chosen_action() const { return app_->get_subcommands().front()->get_name(); }
 
 void CommandLine::version(const std::string& text) { app_->set_version_flag("-V,--version", text); }
 
@@ -149,8 +152,10 @@ void add_snapshot_option(CommandLine& line, std::optional<std::string>& snapshot
   line.take("-l,--snapshot", set, "Read this internal snapshot, by id or name", "SNAPSHOT");
 }
 
-void add_progress_options(CommandLine& line, ShowProgress& show, const std::string& quiet) {
-  line.flag("-p,--progress", show, ShowProgress::always, "Show progress, not only on a terminal");
+void add_progress_options(CommandLine& line, ShowProgress& show, const std::string& quiet,
+                          const std::string& progress) {
+  // In this order CLI11 sets them, whatever their order on the command line.
+  line.flag("-p,--progress", show, ShowProgress::always, progress);
   line.flag("-q,--quiet", show, ShowProgress::never, quiet);
 }
 

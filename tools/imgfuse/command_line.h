@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "command.h"
@@ -54,7 +55,7 @@ class CommandLine {
   /// An option that may be given several times, or all that is left of what is known by its place.
   Option texts(const std::string& names, std::vector<std::string>& values, const std::string& description = "",
                const char* kind = "TEXT");
-  /// A whole number from `least` to `most`.
+  /// A whole number from `least` to `most`, decimal or as 0xff.
   template <std::unsigned_integral N>
   Option number(const std::string& names, N& value, const std::string& description, const char* kind,
                 uint64_t least = 0, uint64_t most = std::numeric_limits<N>::max()) {
@@ -93,9 +94,9 @@ class CommandLine {
   }
 
   /// Adds one of the words of which the command line has one; what is added to the result belongs to that word alone.
-  CommandLine action(const std::string& word, const std::string& description);
+  CommandLine add_action(const std::string& word, const std::string& description);
   /// The word that was given.
-  std::string action() const;
+  std::string chosen_action() const;
 
   /// -V and --version.
   void version(const std::string& text);
@@ -130,7 +131,8 @@ void add_allow_path_option(CommandLine& line, std::vector<std::string>& director
 /// -l, a snapshot by id or name, or as qemu-img's `snapshot.id=ID` and `snapshot.name=NAME`.
 void add_snapshot_option(CommandLine& line, std::optional<std::string>& snapshot);
 /// -p, and -q, which wins.
-void add_progress_options(CommandLine& line, ShowProgress& show, const std::string& quiet = "Show no progress");
+void add_progress_options(CommandLine& line, ShowProgress& show, const std::string& quiet = "Show no progress",
+                          const std::string& progress = "Show progress, not only on a terminal");
 
 /// One of qemu-img's names for how a file is cached.
 Result<CacheMode> parse_cache_mode(std::string_view name);

@@ -47,7 +47,7 @@ Result<> give(Io& io, const Order& order) {
 }
 
 void add_action(CommandLine& line, Order& order, const std::string& action, const std::string& description) {
-  CommandLine command = line.action(action, description);
+  CommandLine command = line.add_action(action, description);
   command.text("MOUNT", order.mounted, "A mount point, or the image that is mounted").required();
   command.number("JOB", order.job, "The job's number", "NUMBER").required();
   if (action == "set-rate") command.size("RATE", order.rate, "Bytes per second; 0: no limit").required();
@@ -79,10 +79,9 @@ int run_job(Io& io, Arguments args) {
   add_action(line, order, "finish", "When both are alike the target of a mirror is left as a copy");
   add_action(line, order, "set-rate", "Limit how fast it copies");
   add_action(line, order, "wait", "Return when it is over; exit status 1 if it failed or was cancelled");
-  line.flag("-p,--progress", order.show, ShowProgress::always, "wait: show progress, not only on a terminal");
-  line.flag("-q,--quiet", order.show, ShowProgress::never, "wait: show no progress");
+  add_progress_options(line, order.show, "wait: show no progress", "wait: show progress, not only on a terminal");
   if (const auto status = line.parse(io, args)) return *status;
-  order.action = line.action();
+  order.action = line.chosen_action();
   if (const auto given = give(io, order); !given) {
     print_error(io, order.mounted, given.error());
     return kFailure;

@@ -291,9 +291,13 @@ int run_mount_helper(Io& io, Arguments args) {
   line.text("-t", ignored);
   line.text("-N", ignored);
   if (const auto status = line.parse(io, args)) return *status;
+  const auto usage_error = [&](const Error& error) {
+    print_error(io, "", error, "\"imgfuse mount --help\" lists what -o takes");
+    return kUsage;
+  };
   for (const std::string& list : lists)
-    if (auto taken = take_option_list(request, list); !taken) return line.usage_error(io, taken.error());
-  if (auto good = check_options(request); !good) return line.usage_error(io, good.error());
+    if (auto taken = take_option_list(request, list); !taken) return usage_error(taken.error());
+  if (auto good = check_options(request); !good) return usage_error(good.error());
   return mount(io, request);
 }
 

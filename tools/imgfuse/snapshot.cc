@@ -41,7 +41,7 @@ Result<> run(Io& io, const SnapshotRequest& request, const std::string& action) 
 
 void add_action(CommandLine& line, SnapshotRequest& request, const std::string& action,
                 const std::string& description) {
-  CommandLine command = line.action(action, description);
+  CommandLine command = line.add_action(action, description);
   command.text("IMAGE", request.image, "An image, or the mount point of one").required();
   if (action != "list")
     command.text("NAME", request.name, action == "create" ? "Its name" : "Its id or name").required();
@@ -60,7 +60,7 @@ int run_snapshot(Io& io, Arguments args) {
   add_open_options(line, request.open);
   add_json_option(line, request.json);
   if (const auto status = line.parse(io, args)) return *status;
-  if (const auto done = run(io, request, line.action()); !done) {
+  if (const auto done = run(io, request, line.chosen_action()); !done) {
     print_error(io, request.image, done.error());
     return kFailure;
   }
