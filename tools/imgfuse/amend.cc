@@ -114,15 +114,8 @@ int run_amend(Io& io, Arguments args) {
   line.texts("--allow-path", options.allowed_directories, "Directory in which a backing file may lie");
   if (const auto status = line.parse(io, args)) return *status;
 
-  for (const std::string& list : lists) {
-    if (list == "help" || list == "?") {
-      io.out << kAmendOptionList << std::flush;
-      return kSuccess;
-    }
-    const auto set = for_each_option(
-        list, [&](const std::string& key, const std::string& value) { return set_option(options, key, value); });
-    if (!set) return line.usage_error(io, set.error());
-  }
+  const auto set = [&](const std::string& key, const std::string& value) { return set_option(options, key, value); };
+  if (const auto status = take_option_lists(io, line, lists, kAmendOptionList, set)) return *status;
   if (image.empty()) return line.usage_error(io, Error(ErrorCode::invalid, "IMAGE is missing"));
   if (lists.empty()) return line.usage_error(io, Error(ErrorCode::invalid, "nothing is to be changed: -o is missing"));
   if (auto amended = amend_image(image, options); !amended) {

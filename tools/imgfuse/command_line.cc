@@ -115,17 +115,16 @@ int CommandLine::usage_error(Io& io, const Error& error) const {
 }
 
 void add_open_options(CommandLine& line, OpenOptions& options, FormatFlag flag) {
-  const bool short_too = flag == FormatFlag::with_f;
-  line.text(short_too ? "-f,--format" : "--format", options.format,
-            "The image's format; found out from the image if not given", "FORMAT");
-  line.text(short_too ? "-F,--backing-format" : "--backing-format", options.backing_format,
+  add_format_option(line, options.format, flag);
+  line.text(flag == FormatFlag::with_f ? "-F,--backing-format" : "--backing-format", options.backing_format,
             "Format of backing files whose overlay does not record it", "FORMAT");
   add_allow_path_option(line, options.allowed_directories);
   line.flag("-U,--force-share", options.force_share, "Take no locks: read an image that somebody else writes");
 }
 
-void add_format_option(CommandLine& line, std::optional<std::string>& format) {
-  line.text("-f,--format", format, "The image's format; found out from the image if not given", "FORMAT");
+void add_format_option(CommandLine& line, std::optional<std::string>& format, FormatFlag flag) {
+  line.text(flag == FormatFlag::with_f ? "-f,--format" : "--format", format,
+            "The image's format; found out from the image if not given", "FORMAT");
 }
 
 void add_json_option(CommandLine& line, bool& json) {

@@ -122,8 +122,8 @@ class CommandLine {
 /// --format (with -f, except for mount), --backing-format (-F), --allow-path, --force-share (-U).
 enum class FormatFlag { with_f, long_only };
 void add_open_options(CommandLine& line, OpenOptions& options, FormatFlag flag = FormatFlag::with_f);
-/// -f, --format.
-void add_format_option(CommandLine& line, std::optional<std::string>& format);
+/// The first of them alone.
+void add_format_option(CommandLine& line, std::optional<std::string>& format, FormatFlag flag = FormatFlag::with_f);
 /// --json and qemu-img's --output=human|json.
 void add_json_option(CommandLine& line, bool& json);
 /// Directories for --allow-path.

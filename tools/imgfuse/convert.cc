@@ -189,13 +189,7 @@ int run_convert(Io& io, Arguments args) {
   add_options(line, request, files, lists, sparse);
   if (const auto status = line.parse(io, args)) return *status;
 
-  for (const std::string& list : lists) {
-    if (list == "help" || list == "?") {
-      io.out << kCreateOptionList << std::flush;
-      return kSuccess;
-    }
-    if (auto set = set_create_options(request.create, list); !set) return line.usage_error(io, set.error());
-  }
+  if (const auto status = take_create_options(io, line, lists, request.create)) return *status;
   if (files.size() < 2)
     return line.usage_error(io, Error(ErrorCode::invalid, "an image to read and a target are needed"));
   const auto shortest = parse_sparse(sparse);

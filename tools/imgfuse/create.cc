@@ -47,13 +47,7 @@ int run_create(Io& io, Arguments args) {
              "Directory in which the backing file and the data file may lie");
   if (const auto status = line.parse(io, args)) return *status;
 
-  for (const std::string& list : lists) {
-    if (list == "help" || list == "?") {
-      io.out << kCreateOptionList << std::flush;
-      return kSuccess;
-    }
-    if (auto set = set_create_options(options, list); !set) return line.usage_error(io, set.error());
-  }
+  if (const auto status = take_create_options(io, line, lists, options)) return *status;
   for (const auto& [key, value] : keys)
     if (auto set = set_create_option(options, key, value); !set) return line.usage_error(io, set.error());
   if (image.empty()) return line.usage_error(io, Error(ErrorCode::invalid, "FILE is missing"));

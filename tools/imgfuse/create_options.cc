@@ -1,6 +1,7 @@
 #include "create_options.h"
 
 #include <charconv>
+#include <ostream>
 
 #include "text.h"
 
@@ -19,9 +20,7 @@ Result<uint32_t> parse_version(std::string_view text) {
   return fail(ErrorCode::invalid, "compat is \"{}\"; it can be 0.10 or 1.1", text);
 }
 
-}  // namespace
-
-const char* const kCreateOptionList =
+constexpr const char* kCreateOptionList =
     "Options for -o, as qemu-img names them:\n"
     "  size=SIZE            virtual size\n"
     "  backing_file=FILE    file that unallocated clusters are read from\n"
@@ -47,6 +46,30 @@ const char* const kCreateOptionList =
     "  copy_on_read=on      what is read from the backing file is kept (off)\n"
     "  prefetch_start_delay=N  seconds until the backing file is copied, -1: never (-1)\n"
     "  detect_sparse_hole=SIZE  zeros of this length are not read from the backing file (0: off)\n";
+
+/// `key=value,key=value`; a comma inside a value is doubled.
+Result<> for_each_option(const std::string& list, const SetOption& set) {
+  std::string item;
+  const auto set_item = [&]() -> Result<> {
+    const size_t equals = item.find('=');
+    if (equals == std::string::npos)
+      return fail(ErrorCode::invalid, "option \"{}\" has no value; write {}=VALUE", item, item);
+    return set(item.substr(0, equals), item.substr(equals + 1));
+  };
+  for (size_t at = 0; at < list.size(); ++at) {
+    if (list[at] != ',') {
+      item += list[at];
+    } else if (at + 1 < list.size() && list[at + 1] == ',') {
+      item += list[at++];
+    } else {
+      IMG_TRY(set_item());
+      item.clear();
+    }
+  }
+  return item.empty() ? Result<>{} : set_item();
+}
+
+}  // namespace
 
 Result<bool> parse_switch(std::string_view name, std::string_view text) {
   if (text == "on" || text == "true") return true;
@@ -126,31 +149,23 @@ Result<> set_create_option(CreateOptions& options, std::string_view key, const s
   return {};
 }
 
-Result<> for_each_option(const std::string& list,
-                         const std::function<Result<>(const std::string& key, const std::string& value)>& set) {
-  std::string item;
-  const auto set_item = [&]() -> Result<> {
-    const size_t equals = item.find('=');
-    if (equals == std::string::npos)
-      return fail(ErrorCode::invalid, "option \"{}\" has no value; write {}=VALUE", item, item);
-    return set(item.substr(0, equals), item.substr(equals + 1));
-  };
-  for (size_t at = 0; at < list.size(); ++at) {
-    if (list[at] != ',') {
-      item += list[at];
-    } else if (at + 1 < list.size() && list[at + 1] == ',') {
-      item += list[at++];
-    } else {
-      IMG_TRY(set_item());
-      item.clear();
+std::optional<int> take_option_lists(Io& io, const CommandLine& line, const std::vector<std::string>& lists,
+                                     const char* known, const SetOption& set) {
+  for (const std::string& list : lists) {
+    if (list == "help" || list == "?") {
+      io.out << known << std::flush;
+      return kSuccess;
     }
+    if (const auto taken = for_each_option(list, set); !taken) return line.usage_error(io, taken.error());
   }
-  return item.empty() ? Result<>{} : set_item();
+  return std::nullopt;
 }
 
-Result<> set_create_options(CreateOptions& options, const std::string& list) {
-  return for_each_option(
-      list, [&](const std::string& key, const std::string& value) { return set_create_option(options, key, value); });
+std::optional<int> take_create_options(Io& io, const CommandLine& line, const std::vector<std::string>& lists,
+                                       CreateOptions& options) {
+  return take_option_lists(io, line, lists, kCreateOptionList, [&](const std::string& key, const std::string& value) {
+    return set_create_option(options, key, value);
+  });
 }
 
 }  // namespace imgfuse::tool

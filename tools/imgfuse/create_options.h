@@ -2,16 +2,16 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "command_line.h"
 #include "imgfuse/create.h"
 #include "imgfuse/error.h"
 
 namespace imgfuse::tool {
-
-/// What "-o help" prints.
-extern const char* const kCreateOptionList;
 
 /// "on" or "off".
 Result<bool> parse_switch(std::string_view name, std::string_view text);
@@ -20,9 +20,14 @@ Result<int32_t> parse_seconds(std::string_view name, std::string_view text);
 Result<Preallocation> parse_preallocation(std::string_view text);
 /// One `key=value`.
 Result<> set_create_option(CreateOptions& options, std::string_view key, const std::string& value);
-/// `key=value,key=value`; a comma inside a value is doubled.
-Result<> for_each_option(const std::string& list,
-                         const std::function<Result<>(const std::string& key, const std::string& value)>& set);
-Result<> set_create_options(CreateOptions& options, const std::string& list);
+
+using SetOption = std::function<Result<>(const std::string& key, const std::string& value)>;
+/// What -o was given: `set` gets each pair of `key=value,key=value`, where a comma inside a value is doubled. For
+/// "help", `known` is printed. Returns the exit status when there is nothing left to do, as CommandLine::parse().
+std::optional<int> take_option_lists(Io& io, const CommandLine& line, const std::vector<std::string>& lists,
+                                     const char* known, const SetOption& set);
+/// The same with the options of a new image.
+std::optional<int> take_create_options(Io& io, const CommandLine& line, const std::vector<std::string>& lists,
+                                       CreateOptions& options);
 
 }  // namespace imgfuse::tool

@@ -53,13 +53,7 @@ int run_measure(Io& io, Arguments args) {
   add_json_option(line, json);
   if (const auto status = line.parse(io, args)) return *status;
 
-  for (const std::string& list : lists) {
-    if (list == "help" || list == "?") {
-      io.out << kCreateOptionList << std::flush;
-      return kSuccess;
-    }
-    if (auto set = set_create_options(target, list); !set) return line.usage_error(io, set.error());
-  }
+  if (const auto status = take_create_options(io, line, lists, target)) return *status;
   if (size) {
     if (auto set = set_create_option(target, "size", *size); !set) return line.usage_error(io, set.error());
   }

@@ -207,14 +207,8 @@ int run(Io& io, Arguments args, JobKind kind) {
     add_mirror_options(line, request);
   if (const auto status = line.parse(io, args)) return *status;
   if (format) request.mirror.format = request.create.format = *format;
-  for (const std::string& list : lists) {
-    if (list == "help" || list == "?") {
-      io.out << kCreateOptionList << std::flush;
-      return kSuccess;
-    }
-    request.has_create_options = true;
-    if (auto set = set_create_options(request.create, list); !set) return line.usage_error(io, set.error());
-  }
+  request.has_create_options = !lists.empty();
+  if (const auto status = take_create_options(io, line, lists, request.create)) return *status;
   if (auto good = check(request); !good) return line.usage_error(io, good.error());
   if (auto mirrored = mirror(request, io); !mirrored) {
     print_error(io, request.mounted, mirrored.error());
