@@ -1,5 +1,5 @@
-# What tools/quickstart, tools/test and tools/bench/run share: the packages that imgfuse needs, and how a build folder is made.
-# Sourced, not run.
+# What tools/quickstart, tools/test and tools/bench/run share: the packages that imgfuse needs, and how a build folder
+# is made. Sourced, not run.
 
 build_packages=(
   build-essential pkg-config meson ninja-build
@@ -20,8 +20,8 @@ as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# need_packages SET…: installs what is missing of the sets build, demo, bench and test. Without apt it lists them and goes
-# on: the build says what it cannot find.
+# need_packages SET…: installs what is missing of the sets build, demo, bench and test. Without apt it lists them and
+# goes on: the build says what it cannot find.
 need_packages() {
   local wanted=() missing=() set package
   for set in "$@"; do
@@ -55,6 +55,7 @@ configure() {
 
 # build_program TARGET…: of the build without tests, in build/.
 build_program() {
+  echo "Building imgfuse in $root/build"
   [ -f "$root/build/build.ninja" ] || configure "$root/build" -Dtests=false -Dwerror=false
   ninja -C "$root/build" --quiet "$@"
 }
